@@ -1,0 +1,1 @@
+"""Command line, benchmarks and evaluation: what people run."""

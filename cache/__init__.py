@@ -1,0 +1,1 @@
+"""Page store and policies of the context; knows no model and no position maths."""

@@ -1,0 +1,1 @@
+"""The bundled world: a small coloured maze, its simulator, training recipe and metrics."""

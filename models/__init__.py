@@ -1,0 +1,1 @@
+"""Causal video DiT, attention, rope, autoencoder, conditioning, weights."""

@@ -1,0 +1,60 @@
+"""Softmax attention: one function, several kernels.
+
+Shapes: B rows, H heads, Q queries, K keys, D head size. ``native`` (torch's SDPA) is always there
+and needs nothing; the others go through diffusers' dispatcher and are loaded on first use.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+NATIVE = "native"
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = NATIVE
+) -> Tensor:
+    """``softmax(q kᵀ / √D) v`` for ``q [B, H, Q, D]`` and ``k, v [B, H, K, D]``.
+
+    Args:
+        mask: bool, broadcastable to ``[B, H, Q, K]``; True attends. For training only: the cached
+            path slices its keys, since a mask lets NaN through and rounds differently.
+        backend: see `check_backend`.
+    """
+    if backend == NATIVE:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    rows_last = (x.transpose(1, 2) for x in (q, k, v))  # the dispatcher wants [B, N, H, D]
+    return dispatch_attention_fn(*rows_last, attn_mask=mask, backend=backend).transpose(1, 2)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The formula written out: slow, obvious, and what every kernel is tested against."""
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.softmax(scores, dim=-1) @ v
+
+
+def check_backend(name: str) -> str:
+    """Return ``name`` if this machine can run that attention kernel.
+
+    Raises:
+        ValueError: unknown or not installed, naming what there is.
+    """
+    if name == NATIVE:
+        return name
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = sorted(backend.value for backend in AttentionBackendName)
+    if name not in known:
+        raise ValueError(f"unknown attention backend {name!r}; choose one of {', '.join(known)}")
+    probe = torch.zeros(1, 1, 16, 64)
+    try:
+        attention(probe, probe, probe, backend=name)
+    except Exception as error:
+        raise ValueError(
+            f"attention backend {name!r} does not run here ({error}); use {NATIVE!r}"
+        ) from error
+    return name

@@ -1,0 +1,384 @@
+"""The causal video DiT: Wan2.1's architecture, attending block by block through a context.
+
+Parameter names are those of diffusers' `WanTransformer3DModel`, so its checkpoints load as they
+are; ``action_embedder`` exists only where ``action_dim`` is set. The model holds no cache, no
+schedule and no positions: what self-attention reads is handed in (`worldsim.models.context`).
+
+Shapes: R rows, C channels, F latent frames, H × W latent pixels, N = F·h·w tokens of width
+D = heads · head_dim, T text rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from worldsim.models.attention import attention
+from worldsim.models.context import Attends, Rows
+
+# float32 products of few rows round differently with thread and row count; a chunk of this many
+# rows does not. Embeddings of levels are therefore always computed in chunks of exactly this size.
+FIXED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a forward pass is conditioned on, computed before it.
+
+    Attributes:
+        text_keys, text_values: cross-attention K/V of P prompts, one ``[P, heads, T, head_dim]``
+            per layer (see `CausalWanTransformer3DModel.encode_prompt`).
+        prompt: which prompt each frame reads, int ``[R, F]``; None where row r reads prompt r.
+        actions: action vector of each latent frame, ``[R, F, action_dim]``, or None.
+    """
+
+    text_keys: tuple[Tensor, ...]
+    text_values: tuple[Tensor, ...]
+    prompt: Tensor | None = None
+    actions: Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the full width, rounded to the input's dtype before the gain (as in Wan)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight
+
+
+class AffineNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its own parameters (float32 in a half-precision model)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections of one attention: RMS norm over all heads, then the split into heads."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._split(self.norm_q(self.to_q(x)))
+
+    def keys(self, x: Tensor) -> Tensor:
+        return self._split(self.norm_k(self.to_k(x)))
+
+    def values(self, x: Tensor) -> Tensor:
+        return self._split(self.to_v(x))
+
+    def out(self, x: Tensor) -> Tensor:
+        return self.to_out[0](rearrange(x, "r h n d -> r n (h d)"))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "r n (h d) -> r h n d", h=self.heads)
+
+
+class GELUProjection(nn.Module):
+    """First half of the feed-forward network; the name ``proj`` is diffusers'."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GELUProjection(dim, inner), nn.Identity(), nn.Linear(inner, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.net:
+            x = module(x)
+        return x
+
+
+class TwoLinears(nn.Module):
+    """``linear_2(act(linear_1(x)))``: the embedders of time, text and action."""
+
+    def __init__(self, dim_in: int, dim: int, act: nn.Module) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.act = act
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+class ConditionEmbedder(nn.Module):
+    """Levels, actions and text become the tensors that the layers are modulated by."""
+
+    def __init__(self, dim: int, freq_dim: int, text_dim: int, action_dim: int) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = TwoLinears(freq_dim, dim, nn.SiLU())
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = TwoLinears(text_dim, dim, nn.GELU(approximate="tanh"))
+        self.action_embedder = TwoLinears(action_dim, dim, nn.SiLU()) if action_dim else None
+
+    def forward(self, timestep: Tensor, actions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``timestep [R, F]`` → embedding ``[R, F, D]`` and modulation ``[R, F, 6, D]``."""
+        rows, frames = timestep.shape
+        sinusoid = time_sinusoid(timestep.flatten(), self.freq_dim)
+        given = None if actions is None else actions.flatten(0, 1)
+        embedding, modulation = [], []
+        for chunk in range(0, rows * frames, FIXED_ROWS):
+            part = slice(chunk, chunk + FIXED_ROWS)
+            missing = max(0, chunk + FIXED_ROWS - rows * frames)
+            e = self.time_embedder(F.pad(sinusoid[part], (0, 0, 0, missing)))
+            if self.action_embedder is not None and given is not None:
+                e = e + self.action_embedder(F.pad(given[part], (0, 0, 0, missing)))
+            m = self.time_proj(F.silu(e).to(self.time_proj.weight.dtype))
+            embedding.append(e[: FIXED_ROWS - missing])
+            modulation.append(m[: FIXED_ROWS - missing])
+        return (
+            torch.cat(embedding).unflatten(0, (rows, frames)),
+            torch.cat(modulation).unflatten(0, (rows, frames)).unflatten(-1, (6, -1)),
+        )
+
+
+class Layer(nn.Module):
+    """One transformer layer; ``norm2`` is the affine norm before cross-attention (as diffusers)."""
+
+    def __init__(self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float):
+        super().__init__()
+        self.attn1 = Attention(dim, heads, eps)
+        self.attn2 = Attention(dim, heads, eps)
+        self.norm2 = AffineNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.eps = eps
+
+    def modulation(self, m: Tensor) -> tuple[Tensor, ...]:
+        """Per-frame (shift, scale, gate) of attention and of the feed-forward network."""
+        return (self.scale_shift_table + m).unbind(2)
+
+    def keys_values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        """Only what this layer leaves in the context."""
+        shift, scale, *_ = self.modulation(m)
+        y = modulated_norm(x, shift, scale, self.eps)
+        return self.attn1.keys(y), self.attn1.values(y)
+
+    def forward(
+        self, x: Tensor, m: Tensor, index: int, conditioning: Conditioning, context: Attends,
+        stage: bool,
+    ) -> Tensor:  # fmt: skip
+        """``x [R, N, D]``, ``m [R, F, 6, D]`` → ``[R, N, D]``."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(m)
+        y = modulated_norm(x, shift1, scale1, self.eps)
+        k, v = self.attn1.keys(y), self.attn1.values(y)
+        if stage:
+            context.stage(index, k, v)
+        y = self.attn1.out(context.attend(index, self.attn1.queries(y), k, v))
+        x = x + gated(y, gate1)
+        x = x + self.read_text(self.norm2(x), index, conditioning, frames=m.shape[1])
+        y = self.ffn(modulated_norm(x, shift2, scale2, self.eps))
+        return x + gated(y, gate2)
+
+    def read_text(self, y: Tensor, index: int, conditioning: Conditioning, frames: int) -> Tensor:
+        q = self.attn2.queries(y)
+        k, v = conditioning.text_keys[index], conditioning.text_values[index]
+        if conditioning.prompt is None:
+            return self.attn2.out(attention(q, k, v))
+        # Frames with prompts of their own are rows of their own.
+        rows = q.shape[0]
+        which = conditioning.prompt.flatten()
+        q = rearrange(q, "r h (f s) d -> (r f) h s d", f=frames)
+        y = attention(q, k[which], v[which])
+        return self.attn2.out(rearrange(y, "(r f) h s d -> r h (f s) d", r=rows))
+
+
+class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
+    """Predicts the flow (noise minus clean latent) of a block, given its context.
+
+    The config is that of diffusers' `WanTransformer3DModel`, plus ``action_dim`` (0: no actions).
+    """
+
+    _keep_in_fp32_modules = ("time_embedder", "action_embedder", "scale_shift_table", "norm2")
+    _no_split_modules = ("Layer",)
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: Sequence[int] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        action_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        del rope_max_seq_len, pos_embed_seq_len  # there is no table here; kept for the configs
+        if qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}")
+        if image_dim is not None or added_kv_proj_dim is not None:
+            raise ValueError("image cross-attention (image_dim, added_kv_proj_dim) is not supported")
+        if patch_size[0] != 1:
+            raise ValueError(f"patch_size must start with 1 (one latent frame), got {patch_size}")
+        dim = num_attention_heads * attention_head_dim
+        patch = tuple(patch_size)
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, action_dim)
+        self.blocks = nn.ModuleList(
+            Layer(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
+            for _ in range(num_layers)
+        )
+        self.proj_out = nn.Linear(dim, out_channels * patch[1] * patch[2])
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens of one latent frame of ``height × width`` latent pixels.
+
+        Raises:
+            ValueError: if the patch does not divide the size.
+        """
+        _, ph, pw = self.config.patch_size
+        if height % ph or width % pw:
+            raise ValueError(f"latent size {height}×{width} is not a multiple of patch {ph}×{pw}")
+        return height // ph, width // pw
+
+    def encode_prompt(self, embeds: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Cross-attention K/V of prompts, once per prompt.
+
+        Args:
+            embeds: text-encoder rows ``[P, T, text_dim]``, already padded: padding is attended.
+
+        Returns:
+            keys and values, one ``[P, heads, T, head_dim]`` per layer.
+        """
+        text = self.condition_embedder.text_embedder(embeds)
+        keys = tuple(layer.attn2.keys(text) for layer in self.blocks)
+        return keys, tuple(layer.attn2.values(text) for layer in self.blocks)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        contexts: Attends | Sequence[Attends],
+    ) -> Tensor:
+        """Flow of each row's frames; the context is only read.
+
+        Args:
+            latents: noisy latents ``[R, C, F, H, W]``.
+            timestep: level of each frame as a timestep in 0…1000, float ``[R, F]``.
+            conditioning: text K/V and actions.
+            contexts: one context for each row, or one that answers for all rows.
+
+        Returns:
+            flow ``[R, C, F, H, W]``.
+        """
+        x, e, m, context = self._embed(latents, timestep, conditioning, contexts)
+        for index, layer in enumerate(self.blocks):
+            x = layer(x, m, index, conditioning, context, stage=False)
+        shift, scale = (self.scale_shift_table + e[:, :, None]).unbind(2)
+        x = self.proj_out(modulated_norm(x, shift, scale, self.config.eps))
+        return self._unpatchify(x, latents)
+
+    def commit(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        contexts: Attends | Sequence[Attends],
+    ) -> None:
+        """The context pass: stage the K/V of finished blocks, layer by layer.
+
+        It ends with the last layer's K/V, since nobody reads what would come after. Arguments as
+        in `forward`.
+        """
+        x, _, m, context = self._embed(latents, timestep, conditioning, contexts)
+        last = len(self.blocks) - 1
+        for index, layer in enumerate(self.blocks):
+            if index < last:
+                x = layer(x, m, index, conditioning, context, stage=True)
+            else:
+                context.stage(index, *layer.keys_values(x, m))
+
+    def _embed(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        contexts: Attends | Sequence[Attends],
+    ) -> tuple[Tensor, Tensor, Tensor, Attends]:
+        context = Rows(contexts) if isinstance(contexts, Sequence) else contexts
+        e, m = self.condition_embedder(timestep, conditioning.actions)
+        return self._patchify(latents), e, m, context
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        # A convolution whose kernel is its stride is one matrix product.
+        weight = self.patch_embedding.weight
+        _, ph, pw = self.config.patch_size
+        x = rearrange(
+            latents.to(weight.dtype), "r c f (h a) (w b) -> r (f h w) (c a b)", a=ph, b=pw
+        )
+        return F.linear(x, weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, x: Tensor, like: Tensor) -> Tensor:
+        _, ph, pw = self.config.patch_size
+        _, _, frames, height, width = like.shape
+        return rearrange(
+            x, "r (f h w) (a b c) -> r c f (h a) (w b)",
+            f=frames, h=height // ph, w=width // pw, a=ph, b=pw,
+        )  # fmt: skip
+
+
+def time_sinusoid(timestep: Tensor, dim: int) -> Tensor:
+    """``[cos(t ω) | sin(t ω)]`` with ω from 1 down to 1/10000, ``[n] → [n, dim]``.
+
+    Computed in float64 and rounded to float32: in float32, or after a cast to bfloat16, a level
+    such as 937.5 is another level.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float64, device=timestep.device)
+    angle = timestep.to(torch.float64)[:, None] * 10_000.0 ** (-steps / half)
+    sinusoid = torch.cat((angle.cos(), angle.sin()), dim=-1)
+    return sinusoid if timestep.dtype == torch.float64 else sinusoid.float()
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """``LayerNorm(x) · (1 + scale) + shift`` with ``x [R, N, D]`` and per-frame ``[R, F, D]``."""
+    frames = shift.shape[1]
+    y = F.layer_norm(x, (x.shape[-1],), eps=eps).unflatten(1, (frames, -1))
+    y = torch.addcmul(shift[:, :, None], y, 1 + scale[:, :, None])
+    return y.flatten(1, 2).to(x.dtype)
+
+
+def gated(y: Tensor, gate: Tensor) -> Tensor:
+    """``y [R, N, D]`` times a per-frame gate ``[R, F, D]``."""
+    frames = gate.shape[1]
+    return (y.unflatten(1, (frames, -1)) * gate[:, :, None]).flatten(1, 2).to(y.dtype)

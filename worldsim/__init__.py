@@ -1,0 +1,25 @@
+"""worldsim: an autoregressive block-diffusion video model as a live, controllable world.
+
+The public names load on first use, so that importing one small module never pulls in the rest.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worldsim.session import Block, Session
+    from worldsim.world import World
+
+_HOME = {
+    "World": "worldsim.world",
+    "Session": "worldsim.session",
+    "Block": "worldsim.session",
+}
+
+__all__ = ["Block", "Session", "World"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'worldsim' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,108 @@
+"""When each block is denoised, at which level, and what it reads. Plain data, no tensors of a model.
+
+Levels are flow matching: ``x_t = (1 - σ) x0 + σ ε``, timestep = 1000 σ, warped by a shift
+(σ' = s σ / (1 + (s - 1) σ)) and read from a 1000-entry float32 table, as Self-Forcing does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TABLE_SIZE = 1000
+CLEAN = -1  # the level of a finished block
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit of scheduled work.
+
+    Attributes:
+        kind: ``denoise`` or ``commit``.
+        block: absolute block number.
+        level: step index of that block, or CLEAN for the context pass.
+        timestep: the level as the model is told it, 0…1000 (float: never rounded).
+        sigma: noise share of the input at that level.
+        next_sigma: noise share after this step; 0 ends the block.
+        reads: the level at which earlier blocks are read.
+    """
+
+    kind: str
+    block: int
+    level: int
+    timestep: float
+    sigma: float
+    next_sigma: float = 0.0
+    reads: int = CLEAN
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The serial schedule: denoise a block step by step, then commit it clean.
+
+    Attributes:
+        steps: indices into a 1000-step training schedule, descending, for example
+            ``(1000, 750, 500, 250)``; blocks beyond ``first_steps`` use this list.
+        shift: timestep shift of the table.
+        context_timestep: timestep of the context pass.
+        first_steps: step lists of the first blocks, where they differ.
+    """
+
+    steps: tuple[int, ...]
+    shift: float = 5.0
+    context_timestep: float = 0.0
+    first_steps: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for steps in (self.steps, *self.first_steps):
+            ordered = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+            if not steps or not ordered or steps[0] > TABLE_SIZE or steps[-1] < 1:
+                raise ValueError(
+                    f"schedule: steps must be descending numbers in 1…{TABLE_SIZE}, got {steps}"
+                )
+        if self.shift <= 0:
+            raise ValueError(f"schedule: shift must be above 0, got {self.shift}")
+        if not 0 <= self.context_timestep <= TABLE_SIZE:
+            raise ValueError(f"schedule: context_timestep must be in 0…{TABLE_SIZE}")
+
+    @classmethod
+    def uniform(cls, steps: int, shift: float, context_timestep: float = 0.0) -> "Schedule":
+        """``steps`` equal steps of the training schedule: 4 gives 1000, 750, 500, 250.
+
+        Raises:
+            ValueError: unless 1 ≤ steps ≤ 1000.
+        """
+        if not 1 <= steps <= TABLE_SIZE:
+            raise ValueError(f"schedule: steps must be in 1…{TABLE_SIZE}, got {steps}")
+        listed = tuple(TABLE_SIZE - (i * TABLE_SIZE) // steps for i in range(steps))
+        return cls(listed, shift, context_timestep)
+
+    def step_list(self, block: int) -> tuple[int, ...]:
+        """The step list of a block."""
+        return self.first_steps[block] if block < len(self.first_steps) else self.steps
+
+    def cells(self, block: int) -> Iterator[Cell]:
+        """The denoise cells of a block, in order; the commit cell is `commit_cell`."""
+        timesteps, sigmas = levels(self.step_list(block), self.shift)
+        for level, (timestep, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
+            after = sigmas[level + 1] if level + 1 < len(sigmas) else 0.0
+            yield Cell("denoise", block, level, timestep, sigma, after)
+
+    def commit_cell(self, block: int) -> Cell:
+        """The context pass of a block: its clean latents at ``context_timestep``."""
+        return Cell("commit", block, CLEAN, self.context_timestep, 0.0)
+
+
+def shift_table(shift: float) -> tuple[Tensor, Tensor]:
+    """σ and timestep of every training step, float32 ``[1000]`` each, from noise to clean."""
+    linear = torch.linspace(1.0, 0.0, TABLE_SIZE + 1)[:-1]
+    sigmas = shift * linear / (1 + (shift - 1) * linear)
+    return sigmas, sigmas * TABLE_SIZE
+
+
+def levels(steps: tuple[int, ...], shift: float) -> tuple[list[float], list[float]]:
+    """Timesteps and σ of a step list: step s is entry ``1000 - s`` of the table."""
+    sigmas, timesteps = shift_table(shift)
+    index = torch.tensor([TABLE_SIZE - step for step in steps])
+    return timesteps[index].tolist(), sigmas[index].tolist()
