@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from worldsim.maze.themes import EMBLEM_COLOURS, EMBLEM_SHAPES
 
+WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # by quarter turns to the right from +x
+
 
 @dataclass(frozen=True)
 class MazeMaps:
@@ -29,6 +31,16 @@ class MazeMaps:
 
     def __len__(self) -> int:
         return self.walls.shape[0]
+
+    def rows(self) -> torch.Tensor:
+        """int32 [B]: every map once."""
+        return torch.arange(len(self), device=self.walls.device, dtype=torch.int32)
+
+    def cells(self, rows: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Flat int32 index over [B, S, S] of whole-numbered float x, y, wrapped round the torus."""
+        size = self.size  # floats: whole-number division is slow, and these are exact
+        x, y = x - size * (x / size).floor(), y - size * (y / size).floor()
+        return rows * (size * size) + (x * size + y).int()
 
     def __getitem__(self, rows: slice | Sequence[int] | torch.Tensor) -> "MazeMaps":
         """The chosen maps, in that order."""
@@ -83,7 +95,7 @@ def _carve(random: np.random.Generator, size: int) -> NDArray[np.bool_]:
             walls[2 * x + 1 - down, 2 * y + down] = False
     for x in range(0, size, 2):
         for y in range(0, size, 2):
-            sides = [((x + i) % size, (y + j) % size) for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+            sides = [((x + i) % size, (y + j) % size) for i, j in WAYS]
             closed = [side for side in sides if walls[side]]
             if len(closed) == 3 and random.random() < 0.85:
                 walls[closed[random.integers(3)]] = False
@@ -95,7 +107,7 @@ def _carve(random: np.random.Generator, size: int) -> NDArray[np.bool_]:
 def _start(random: np.random.Generator, walls: NDArray[np.bool_]) -> NDArray[np.float32]:
     """An open cell's centre, looking where at least two cells ahead are open."""
     size = len(walls)
-    ways = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])
+    ways = np.array(WAYS)
     choices = random.permutation(np.argwhere(~walls))
     turns = random.permutation(4)
     for need in (2, 1, 0):

@@ -134,10 +134,10 @@ def paint_wall(word: str) -> Picture:
     u, v = _grid()
     main, other, trim = WALL_PAINT[word]
     if word == "brick":
-        joint, tone = _courses(rows=5, bricks=2, gap=0.022)
+        joint, tone = _courses(rows=4, bricks=2, gap=0.026)
         face = _mix(_mix(main, other, tone), trim, joint)
     elif word == "hedge":
-        leaves = _blobs(u, v, seed=4, waves=4)
+        leaves = _blobs(u, v, seed=4, waves=3)
         face = _mix(main, other, _step(0.15, leaves, soft=0.35))
         face = _mix(face, trim, 0.9 * _step(0.75, -leaves, soft=0.30))
     elif word == "stone":

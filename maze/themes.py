@@ -51,8 +51,9 @@ class Theme:
         return cls(*(words[index] for index, words in zip(indices, ATTRIBUTES, strict=True)))
 
     def prompt(self) -> str:
-        """The theme in canonical plain words, such as 'red brick walls, grass floor, night, fog'."""
-        return f"{WALL_PHRASES[self.wall]}, {FLOOR_PHRASES[self.floor]}, {self.time}, {self.weather}"
+        """Canonical plain words, such as 'red brick walls, grass floor, night, fog'."""
+        surfaces = f"{WALL_PHRASES[self.wall]}, {FLOOR_PHRASES[self.floor]}"
+        return f"{surfaces}, {self.time}, {self.weather}"
 
 
 WALL_PHRASES = {
@@ -83,22 +84,23 @@ SYNONYMS = {
 VOCABULARY: dict[str, str] = {
     word: canonical for canonical, words in SYNONYMS.items() for word in words.split()
 }
-IGNORED = frozenset(
+FILLERS = (
     "a an the maze labyrinth world place at with and or walls wall walled floor floors floored "
     "ground in on of under by to is are it its from into through sky weather light time made "
-    "covered paved very".split()
+    "covered paved very"
 )
+IGNORED = frozenset(FILLERS.split())
 
 # --- colours: painted textures -------------------------------------------------------------------
 WALL_PAINT: dict[str, tuple[Colour, Colour, Colour]] = {  # main, variation, trim
     "brick": ((0.80, 0.24, 0.16), (0.60, 0.14, 0.12), (0.93, 0.78, 0.66)),
-    "hedge": ((0.20, 0.60, 0.20), (0.07, 0.33, 0.14), (0.48, 0.80, 0.28)),
+    "hedge": ((0.20, 0.60, 0.20), (0.10, 0.40, 0.17), (0.50, 0.82, 0.30)),
     "stone": ((0.50, 0.60, 0.76), (0.36, 0.45, 0.63), (0.22, 0.28, 0.42)),
     "sand": ((0.96, 0.80, 0.38), (0.84, 0.62, 0.24), (0.60, 0.38, 0.16)),
 }
 FLOOR_PAINT: dict[str, tuple[Colour, Colour]] = {  # main, variation
     "grass": ((0.50, 0.74, 0.26), (0.33, 0.58, 0.20)),
-    "tiles": ((0.92, 0.88, 0.80), (0.42, 0.46, 0.54)),
+    "tiles": ((0.93, 0.89, 0.82), (0.34, 0.40, 0.50)),
     "dirt": ((0.62, 0.44, 0.29), (0.45, 0.29, 0.19)),
 }
 EMBLEM_COLOURS: tuple[Colour, ...] = (
@@ -153,15 +155,15 @@ SKIES = {
         fog=(0.82, 0.58, 0.52),
     ),
     "night": Sky(
-        light=(0.30, 0.38, 0.64),
-        glow=(0.50, 0.54, 0.74),
-        zenith=(0.02, 0.03, 0.13),
-        horizon=(0.12, 0.18, 0.40),
-        far_hills=(0.08, 0.11, 0.25),
-        near_hills=(0.03, 0.05, 0.12),
+        light=(0.42, 0.50, 0.82),
+        glow=(0.66, 0.68, 0.88),
+        zenith=(0.03, 0.04, 0.18),
+        horizon=(0.16, 0.23, 0.50),
+        far_hills=(0.11, 0.15, 0.33),
+        near_hills=(0.04, 0.07, 0.16),
         orb=(0.94, 0.96, 1.0),
         halo=0.25,
-        fog=(0.17, 0.22, 0.34),
+        fog=(0.22, 0.28, 0.42),
         stars=True,
     ),
 }

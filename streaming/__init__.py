@@ -1,1 +1,1 @@
-""""""
+"""How worlds run fast and reach people: executors, hand-over between threads, sinks."""

@@ -1,0 +1,86 @@
+"""The training recipe as plain data: one preset for a CPU, one for a GPU."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one stage is fitted.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch: clips in a step, on each rank.
+        frames: latent frames in a clip.
+        muon, adam: peak learning rates of matrices and of everything else.
+        warmup: steps to the peak; the rate falls linearly to zero over the last half.
+        ema: decay of the averaged weights that are kept in the end.
+    """
+
+    steps: int
+    batch: int
+    frames: int
+    muon: float = 0.01
+    adam: float = 2e-3
+    warmup: int = 100
+    ema: float = 0.999
+
+
+@dataclass(frozen=True)
+class Footage:
+    """Training material: walks of ``frames`` latent frames through ``maps`` new maps a batch."""
+
+    maps: int
+    frames: int
+    keep: int  # batches held at once
+    every: int  # steps after which the oldest batch is replaced
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights.
+
+    Attributes:
+        size: height and width of a picture.
+        latent_noise: noise on the latents that the decoder learns to forgive.
+        shift: timestep shift of the noise levels.
+        context_noise: largest noise share given to a clip's context.
+    """
+
+    seed: int = 7
+    size: tuple[int, int] = (64, 64)
+    autoencoder: Fit = field(default_factory=lambda: Fit(steps=1800, batch=6, frames=4))
+    autoencoder_footage: Footage = field(default_factory=lambda: Footage(48, 40, 3, 120))
+    widths: tuple[int, int, int] = (112, 80, 48)
+    latent_noise: float = 0.05
+    dit: Fit = field(default_factory=lambda: Fit(steps=6000, batch=6, frames=16))
+    dit_footage: Footage = field(default_factory=lambda: Footage(48, 96, 6, 200))
+    layers: int = 6
+    heads: int = 4
+    head_dim: int = 64
+    ffn_dim: int = 1024
+    text_dim: int = 64
+    text_length: int = 16
+    shift: float = 3.0
+    context_noise: float = 0.2
+
+
+CPU = Recipe()
+GPU = Recipe(
+    autoencoder=Fit(steps=8000, batch=64, frames=5),
+    autoencoder_footage=Footage(512, 40, 4, 100),
+    dit=Fit(steps=40_000, batch=64, frames=28, muon=0.02),
+    dit_footage=Footage(512, 128, 8, 200),
+)
+TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
+    autoencoder=Fit(steps=4, batch=2, frames=3),
+    autoencoder_footage=Footage(4, 8, 1, 10),
+    widths=(16, 16, 16),
+    dit=Fit(steps=4, batch=2, frames=4),
+    dit_footage=Footage(4, 12, 1, 10),
+    layers=2,
+    heads=2,
+    head_dim=16,
+    ffn_dim=64,
+    text_dim=16,
+)
+PRESETS = {"cpu": CPU, "gpu": GPU, "tiny": TINY}
