@@ -70,8 +70,9 @@ def fit(
     with _progress(rank.first) as progress:
         task = progress.add_task(name, total=plan.steps, completed=start, figures="")
         for step in range(start, plan.steps):
+            material = batch(step)
             with torch.autocast(rank.device, torch.bfloat16):
-                figures = trained(batch(step))
+                figures = trained(material)
             figures["loss"].backward()
             optimiser.step(step)
             average.update(module, step)

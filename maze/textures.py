@@ -96,13 +96,13 @@ def _grid() -> tuple[Picture, Picture]:
 def _step(edge: float, value: Picture, soft: float = 0.03) -> Picture:
     """0 below `edge`, 1 above, smooth over about 2 * `soft`."""
     t = np.clip((value - edge) / (2 * soft) + 0.5, 0, 1)
-    return t * t * (3 - 2 * t)
+    return np.asarray(t * t * (3 - 2 * t))
 
 
 def _mix(first: Picture | Colour, second: Picture | Colour, share: Picture) -> Picture:
     """Colours [..., 3] mixed by share [...]."""
     a, b = np.asarray(first), np.asarray(second)
-    return a + (b - a) * share[..., None]
+    return np.asarray(a + (b - a) * share[..., None])
 
 
 def _blobs(u: Picture, v: Picture, seed: int, waves: int, count: int = 14) -> Picture:
@@ -112,7 +112,7 @@ def _blobs(u: Picture, v: Picture, seed: int, waves: int, count: int = 14) -> Pi
     for _ in range(count):
         kx, ky = random.integers(-waves, waves + 1, 2)
         total += np.cos(2 * np.pi * (kx * u + ky * v + random.random()))
-    return total / np.sqrt(count)
+    return np.asarray(total / np.sqrt(count))
 
 
 def _courses(rows: int, bricks: int, gap: float) -> tuple[Picture, Picture]:
@@ -190,7 +190,7 @@ def _ridge(heading: Picture, seed: int, low: float, high: float, waves: int) -> 
     for k in range(1, waves + 1):
         line += np.cos(k * heading + 2 * np.pi * random.random()) / k**0.6
     line = (line - line.min()) / (line.max() - line.min())
-    return low + (high - low) * line
+    return np.asarray(low + (high - low) * line)
 
 
 def paint_sky(sky: Sky, weather: str) -> Picture:

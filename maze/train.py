@@ -3,11 +3,22 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from worldsim.config import WorldConfig
+from worldsim.maze.actions import ACTIONS
 from worldsim.maze.autoencoder_stage import Reconstruction, picture_batches, set_statistics
+from worldsim.maze.dit_stage import FlowMatching, clip_batches
 from worldsim.maze.fitting import Rank, fit, launch
+from worldsim.maze.footage import make_walks
 from worldsim.maze.recipe import Recipe
+from worldsim.maze.themes import IGNORED, VOCABULARY
 from worldsim.models.autoencoder import CausalAutoencoder
+from worldsim.models.transformer import CausalWanTransformer3DModel
+from worldsim.models.words import WordEncoder
+from worldsim.world import World
+
+WORLD = "world"  # the folder, beside the checkpoints, that a world loads
 
 
 def train(recipe: Recipe, folder: Path, device: str = "cpu", ranks: int = 1) -> None:
@@ -19,13 +30,58 @@ def train(recipe: Recipe, folder: Path, device: str = "cpu", ranks: int = 1) -> 
 def _train(index: int, ranks: int, recipe: Recipe, folder: Path, device: str) -> None:
     rank = Rank(index, ranks, device)
     autoencoder = _autoencoder(recipe, folder, rank)
+    dit, words = _dit(recipe, folder, rank, autoencoder)
+    if rank.first:
+        world = World(world_config(recipe), dit, autoencoder, words)
+        world.to("cpu", torch.float16).save_pretrained(folder / WORLD)
+
+
+def world_config(recipe: Recipe) -> WorldConfig:
+    """How the trained world wants to be run."""
+    height, width = recipe.size
+    return WorldConfig(
+        name="maze",
+        height=height,
+        width=width,
+        fps=16.0,
+        steps=4,
+        shift=recipe.shift,
+        sampler="euler",
+        cache=f"sink=0,recent={recipe.dit.frames - 1}",
+        actions=ACTIONS,
+        prompt="red brick walls, grass floor, day, clear",
+        controls="W*10 L*5 W*8 WJ*4 W*6 J*5 W*8 D*3 A*3 L*10",
+    )
 
 
 def _autoencoder(recipe: Recipe, folder: Path, rank: Rank) -> CausalAutoencoder:
     torch.manual_seed(recipe.seed)
     autoencoder = CausalAutoencoder(widths=recipe.widths, depths=(2, 2, 1))
-    batch = picture_batches(recipe, rank)
     stage = Reconstruction(autoencoder, recipe.latent_noise)
+    batch = picture_batches(recipe, rank)
     fit("autoencoder", stage, batch, recipe.autoencoder, folder, rank)
     autoencoder.requires_grad_(False).eval()
+    walks = make_walks(32, 16, (recipe.seed, 5), rank.device)  # the same on every rank
+    set_statistics(autoencoder, walks.pictures(0, 16, recipe.size, slice(None)))
     return autoencoder
+
+
+def _dit(
+    recipe: Recipe, folder: Path, rank: Rank, autoencoder: CausalAutoencoder
+) -> tuple[CausalWanTransformer3DModel, WordEncoder]:
+    torch.manual_seed(recipe.seed)
+    words = WordEncoder(VOCABULARY, sorted(IGNORED), recipe.text_dim, recipe.text_length)
+    dit = CausalWanTransformer3DModel(
+        num_attention_heads=recipe.heads,
+        attention_head_dim=recipe.head_dim,
+        in_channels=autoencoder.config.latent_channels,
+        out_channels=autoencoder.config.latent_channels,
+        text_dim=recipe.text_dim,
+        ffn_dim=recipe.ffn_dim,
+        num_layers=recipe.layers,
+        action_dim=ACTIONS.dim,
+    )
+    nn.init.zeros_(dit.proj_out.weight)
+    batch = clip_batches(recipe, rank, autoencoder, words)
+    fit("dit", FlowMatching(dit, words), batch, recipe.dit, folder, rank)
+    return dit.eval(), words.eval()

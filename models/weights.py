@@ -1,10 +1,69 @@
-"""Weights: casting and checking them."""
+"""Weights: loading them strictly, and casting them."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+Model = TypeVar("Model", bound=nn.Module)
 
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+
+def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+    """A model from a diffusers folder (``config.json`` and one safetensors file).
+
+    Unlike a plain `from_pretrained` it refuses what does not fit.
+
+    Raises:
+        ValueError: a file is missing, truncated, of another model, or has NaN in it.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: the weights are incomplete")
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    if config.get("_class_name", kind.__name__) != kind.__name__:
+        raise ValueError(f"{folder} holds a {config['_class_name']}, not a {kind.__name__}")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); fetch it again") from None
+    model = kind.from_config(config)  # type: ignore[attr-defined]
+    check_fit(model, tensors, folder)
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    return cast(model.eval().requires_grad_(False), dtype)
+
+
+def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
+    """Refuse tensors that are not exactly this model's, or that are not finite.
+
+    Raises:
+        ValueError: listing what is missing, unexpected, misshapen or not finite.
+    """
+    expected = model.state_dict()
+    problems = {
+        "missing": sorted(set(expected) - set(tensors)),
+        "unexpected": sorted(set(tensors) - set(expected)),
+        "wrong shape": sorted(
+            name
+            for name in set(expected) & set(tensors)
+            if expected[name].shape != tensors[name].shape
+        ),
+        "not finite": sorted(
+            name
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        ),
+    }
+    found = [f"{kind}: {_first(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(found)}")
+
+
+def cast(model: Model, dtype: torch.dtype) -> Model:
     """Cast a model in place, but keep what must stay float32 (as diffusers does on loading)."""
     keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
@@ -14,3 +73,8 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
     return model
+
+
+def _first(names: list[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -217,5 +217,5 @@ def plain_errors(target: str) -> Iterator[None]:
     except BrokenPipeError as error:
         raise SinkClosed(f"{target}: the reader has closed the pipe") from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"cannot write {target}: {reason}: free some space or name another") from error
+        line = f"cannot write {target}: {error.strerror or error}: make room or name another target"
+        raise OSError(line) from error

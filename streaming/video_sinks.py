@@ -6,7 +6,6 @@ that want the whole clip at once hold all of them, enlarged, until close).
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,7 +20,6 @@ from av.video.stream import VideoStream
 from worldsim.streaming.sinks import Frames, FrameSink, check_writable
 
 BT601, LIMITED_RANGE = 6, 1  # the codes of H.273; what swscale makes of RGB unless told otherwise
-FRAGMENT_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ class VideoSink(FrameSink):
     def _open(self, height: int, width: int) -> None:
         if self._format.pixels == "yuv420p" and (height % 2 or width % 2):
             raise ValueError(f"frames are {width}x{height}, H.264 needs even sizes: use scale=2")
-        # a Python file: its errors arrive as they are, and fragments reach the disk in one piece
-        self._file = self._written.open("wb", buffering=FRAGMENT_BYTES)
-        self._sound = 0  # bytes that play if nothing follows
+        self._file = FragmentFile(self._written)
         self._container = av.open(
             self._file,
             "w",
@@ -121,24 +117,54 @@ class VideoSink(FrameSink):
 
     def _flush(self) -> None:
         self._file.flush()
-        self._sound = self._file.tell()
 
     def _finish(self, complete: bool) -> None:
         try:
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
             if complete:
-                self._container.mux(self._stream.encode(None))
-                self._container.close()
-                self._flush()
+                self._file.flush()
+                self._file.close()
                 if self._format.whole:
                     self._written.replace(self._path)
         finally:
-            with suppress(OSError):  # an error has been, or is being, told: none may hide it
+            with suppress(OSError):  # an error has been told, or is being told: hide it not
                 self._file.close()
-            with suppress(OSError):
-                if self._format.whole:
-                    self._written.unlink(missing_ok=True)
-                else:
-                    os.truncate(self._path, self._sound)  # a fragment cut short would not decode
+            if self._format.whole:
+                self._written.unlink(missing_ok=True)
+
+
+class FragmentFile:
+    """A file for PyAV that grows by what a whole number of fragments holds, or not at all.
+
+    - PyAV only fills memory; the disk is met in `flush`, outside it. An error inside its callbacks
+      would be lost or, before PyAV 18, end in a segmentation fault.
+    - The first 8 bytes of every flush (length and kind of a box) are written last. Until then they
+      are zeros, where a reader stops: killed or full halfway, the file plays up to there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._size = 0
+        self._pending = bytearray()
+
+    def write(self, data: bytes) -> int:
+        """Takes bytes from PyAV; never fails."""
+        self._pending += data
+        return len(data)
+
+    def flush(self) -> None:
+        """Hands to the system what PyAV has written; OSError if it will not take it."""
+        for part in (slice(8, None), slice(0, 8)):
+            self._file.seek(self._size + part.start)
+            self._file.write(self._pending[part])
+            self._file.flush()
+        self._size += len(self._pending)
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Closes the file without what is pending."""
+        self._file.close()
 
 
 def palette_graph(height: int, width: int, time_base: Fraction) -> av.filter.Graph:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -574,6 +575,20 @@ def test_a_full_disk_is_one_line(tmp_path: Path, name: str) -> None:
         sink.write(noise)
     assert "No space left on device" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_reached_the_disk_before_it_was_full_plays(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 64, 3), np.uint8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # Python ignores the signal
+    try:
+        with pytest.raises(OSError, match="cannot write"), open_sink(path, fps=8) as sink:
+            for start in range(0, 64, 4):
+                sink.write(noise[start : start + 4])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 8 <= len(decoded(path)[0]) < 64
 
 
 @pytest.mark.parametrize("name", ["out.gif", "out.webp"])

@@ -4,26 +4,28 @@ Everything here is a function of its arguments; nothing is remembered between ca
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from worldsim.models.context import ContextView
-from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
+from worldsim.models.transformer import Conditioning
 from worldsim.schedule import Cell
 
+Pass = Callable[..., Any]  # the model's forward or commit, compiled or not
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]  # (block, step, shape) -> noise
 OnStep = Callable[[Cell, Tensor], None]
-SAMPLERS = ("renoise", "euler")
 
 
 def denoise(
-    model: CausalWanTransformer3DModel,
+    forward: Pass,
     cells: Iterable[Cell],
     conditioning: Conditioning,
     view: ContextView,
     noise: Noise,
     shape: tuple[int, ...],
+    device: torch.device,
     sampler: str = "renoise",
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -36,8 +38,8 @@ def denoise(
     x = torch.empty(0)
     for cell in cells:
         if cell.level == 0:
-            x = noise(cell.block, 0, shape).to(model.device)
-        flow = model(x, timesteps(cell, x), conditioning, [view])
+            x = noise(cell.block, 0, shape).to(device)
+        flow = forward(x, timesteps(cell, x), conditioning, [view])
         x0 = clean_from_flow(x, flow, cell.sigma)
         if on_step is not None:
             on_step(cell, x0)
@@ -46,13 +48,13 @@ def denoise(
         if sampler == "euler":
             x = x + (cell.next_sigma - cell.sigma) * flow.to(x.dtype)
         else:
-            fresh = noise(cell.block, cell.level + 1, shape).to(model.device)
+            fresh = noise(cell.block, cell.level + 1, shape).to(device)
             x = (1 - cell.next_sigma) * x0 + cell.next_sigma * fresh
     raise AssertionError("a block's last denoise cell must end at sigma 0")
 
 
 def commit(
-    model: CausalWanTransformer3DModel,
+    commit_pass: Pass,
     cell: Cell,
     latents: Tensor,
     conditioning: Conditioning,
@@ -60,7 +62,7 @@ def commit(
     start: int,
 ) -> None:
     """The context pass: stage the K/V of a finished block ``[1, C, F, H, W]`` and publish it."""
-    model.commit(latents, timesteps(cell, latents), conditioning, [view])
+    commit_pass(latents, timesteps(cell, latents), conditioning, [view])
     frames = latents.shape[2]
     view.context.stage(cell.block, cell.level, range(start, start + frames), *view.staged(frames))
     view.context.commit(cell.block, cell.level)

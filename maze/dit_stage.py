@@ -1,0 +1,180 @@
+"""Stage two: the DiT learns to denoise a latent frame, given the clean frames before it.
+
+A clip goes through the model once, twice over: a clean copy, whose frames see the clean frames
+before them, and a noisy copy, whose frames see themselves and the clean frames before them. That
+is exactly what the commit and denoise passes of a rollout compute, for all frames at once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from worldsim.maze.actions import ACTIONS
+from worldsim.maze.fitting import Rank
+from worldsim.maze.footage import Library, make_walks
+from worldsim.maze.recipe import Recipe
+from worldsim.maze.themes import Theme
+from worldsim.models.autoencoder import CausalAutoencoder, from_pictures
+from worldsim.models.context import ClipContext
+from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
+from worldsim.models.words import WordEncoder
+
+FROM_START = 0.25  # share of clips that begin with the first picture of a walk
+CLEAN_CONTEXT = 0.4  # share of clips whose context is free of noise
+UNTOLD = 0.5  # share of the noisy contexts that the model takes for clean, as it takes its own
+FORGOTTEN_WORDS = 0.15  # chance of each word of a prompt to be left out
+
+
+@dataclass(frozen=True)
+class LatentWalks:
+    """Encoded walks: latents ``[B, N, C, h, w]`` half, actions ``[B, N, A]``, themes ``[B, N, 4]``."""
+
+    latents: Tensor
+    actions: Tensor
+    themes: Tensor
+
+
+class FlowMatching(nn.Module):
+    """Mean squared error of the predicted flow of the noisy copy."""
+
+    def __init__(self, dit: CausalWanTransformer3DModel, words: WordEncoder) -> None:
+        super().__init__()
+        self.dit = dit
+        self.words = words
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `clip_batches` for the batch."""
+        clean, eps, sigma = batch["latents"], batch["eps"], batch["sigma"][:, None, :, None, None]
+        context_sigma = batch["context_sigma"][:, None, :, None, None]
+        context = (1 - context_sigma) * clean + context_sigma * batch["context_eps"]
+        noisy = (1 - sigma) * clean + sigma * eps
+        both = torch.cat((context, noisy), dim=2)
+        keys, values = self.dit.encode_prompt(self.words(batch["ids"]))
+        conditioning = Conditioning(
+            keys, values, prompt=batch["prompt"].repeat(1, 2), actions=batch["actions"].repeat(1, 2, 1)
+        )
+        frames = torch.arange(clean.shape[2], device=clean.device).repeat(2)
+        grid = self.dit.grid(*clean.shape[-2:])
+        context_view = ClipContext(
+            batch["visible"], frames, grid, self.dit.config.attention_head_dim
+        )
+        timestep = 1000 * torch.cat((batch["context_told"], batch["sigma"]), dim=1)
+        flow = self.dit(both, timestep, conditioning, context_view)[:, :, clean.shape[2] :].float()
+        error = (flow - (eps - clean)).square().mean(dim=(1, 3, 4))
+        weight = batch["weight"]
+        high = (batch["sigma"] > 0.75) & (weight > 0)
+        return {
+            "loss": (error * weight).sum() / weight.sum(),
+            "high_noise": (error * high).sum() / high.sum().clamp(min=1),
+        }
+
+
+def visibility(frames: int, window: np.ndarray) -> Tensor:
+    """Who sees whom, bool ``[B, 2F, 2F]`` over (clean copy, noisy copy).
+
+    ``window``: frames of context that each clip's frames have, int ``[B]``.
+    """
+    index = torch.arange(frames)
+    back = index[:, None] - index[None, :]
+    near = back[None] <= torch.from_numpy(window)[:, None, None]
+    seen = (back >= 0)[None] & near
+    own = torch.eye(frames, dtype=torch.bool).expand_as(seen)
+    nothing = torch.zeros_like(seen)
+    return torch.cat((torch.cat((seen, nothing), 2), torch.cat((seen & ~own, own), 2)), 1)
+
+
+def clip_batches(
+    recipe: Recipe, rank: Rank, autoencoder: CausalAutoencoder, words: WordEncoder
+) -> Callable[[int], dict[str, Tensor]]:
+    """Random clips out of encoded walks, with every random number that the loss needs."""
+    plan = recipe.dit
+    library = Library(recipe.dit_footage, lambda n: encode_walks(recipe, rank, autoencoder, n))
+
+    def batch(step: int) -> dict[str, Tensor]:
+        random = np.random.default_rng((recipe.seed, 4, rank.index, step))
+        held = library.at(step)
+        drawn = [_clip(held[random.integers(len(held))], plan.frames, random) for _ in range(plan.batch)]
+        latents, actions, themes, from_start = zip(*drawn, strict=True)
+        clean = torch.stack(latents).float().transpose(1, 2)
+        generator = torch.Generator(clean.device).manual_seed(int(random.integers(2**62)))
+        eps, context_eps = (
+            torch.randn(clean.shape, generator=generator, device=clean.device) for _ in range(2)
+        )
+        ids, prompt = _prompts(torch.stack(themes), words, random)
+        weight = torch.ones(plan.batch, plan.frames)
+        weight[~torch.tensor(from_start), 0] = 0.0  # nothing leads up to that frame
+        out = {
+            "actions": torch.stack(actions),
+            "ids": ids,
+            "prompt": prompt,
+            "weight": weight,
+            **_noise_levels(recipe, random),
+            "visible": visibility(plan.frames, _windows(plan.batch, plan.frames, random)),
+        }
+        moved = {key: value.to(rank.device) for key, value in out.items()}
+        return {"latents": clean, "eps": eps, "context_eps": context_eps, **moved}
+
+    return batch
+
+
+def encode_walks(
+    recipe: Recipe, rank: Rank, autoencoder: CausalAutoencoder, number: int
+) -> LatentWalks:
+    """One batch of training walks as the model sees them."""
+    footage = recipe.dit_footage
+    walks = make_walks(footage.maps, footage.frames, (recipe.seed, 3, rank.index, number), rank.device)
+    latents = []
+    with torch.inference_mode(), torch.autocast(rank.device, torch.bfloat16):
+        for row in range(0, footage.maps, 4):
+            pictures = walks.pictures(0, footage.frames, recipe.size, slice(row, row + 4))
+            z = autoencoder.normalised(autoencoder.encode_clip(from_pictures(pictures)))
+            latents.append(z.transpose(1, 2).half())
+    actions, _ = ACTIONS.actions(walks.keys.cpu().numpy())
+    # Cloned out of inference mode, since training differentiates through what it makes of them.
+    return LatentWalks(torch.cat(latents).clone(), torch.from_numpy(actions), walks.themes.cpu())
+
+
+def _clip(
+    walks: LatentWalks, frames: int, random: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    row = random.integers(len(walks.latents))
+    from_start = random.random() < FROM_START
+    first = 0 if from_start else int(random.integers(1, walks.latents.shape[1] - frames + 1))
+    part = slice(first, first + frames)
+    return walks.latents[row, part], walks.actions[row, part], walks.themes[row, part], from_start
+
+
+def _prompts(
+    themes: Tensor, words: WordEncoder, random: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Row numbers of two prompts a clip ``[2B, T]``, and which of them each frame reads ``[B, F]``."""
+    changed = (themes != themes[:, :1]).any(-1)
+    ids = []
+    for clip in themes:
+        for theme in (clip[0], clip[-1]):
+            said = [w for w in Theme.from_indices(tuple(theme.tolist())).words()]
+            random.shuffle(said)
+            kept = [word for word in said if random.random() >= FORGOTTEN_WORDS]
+            ids.append(words.ids(" ".join(kept)))
+    which = 2 * torch.arange(len(themes))[:, None] + changed.long()
+    return torch.stack(ids), which
+
+
+def _noise_levels(recipe: Recipe, random: np.random.Generator) -> dict[str, Tensor]:
+    shape = (recipe.dit.batch, recipe.dit.frames)
+    u = random.random(shape)
+    sigma = recipe.shift * u / (1 + (recipe.shift - 1) * u)
+    clip = (recipe.dit.batch, 1)
+    noisy = random.random(clip) >= CLEAN_CONTEXT
+    context = noisy * recipe.context_noise * random.random(shape)
+    told = context * (random.random(clip) >= UNTOLD)
+    levels = {"sigma": sigma, "context_sigma": context, "context_told": told}
+    return {key: torch.from_numpy(value).float() for key, value in levels.items()}
+
+
+def _windows(batch: int, frames: int, random: np.random.Generator) -> np.ndarray:
+    """Half of the clips see everything, the others a random number of frames back."""
+    return np.where(random.random(batch) < 0.5, frames, random.integers(2, frames, batch))

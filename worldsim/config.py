@@ -1,0 +1,121 @@
+"""What a world is, apart from its weights: one frozen dataclass, stored as ``world.json``."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from worldsim.cache.config import CacheConfig
+from worldsim.controls import ActionSpec, Motion
+from worldsim.schedule import Schedule
+
+FILE = "world.json"
+SAMPLERS = ("renoise", "euler")
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Defaults of a world; a session may override what it asks for.
+
+    Attributes:
+        name: what people call it.
+        height, width: size of a picture in pixels.
+        fps: pictures per second at which it was made.
+        block_frames: latent frames of a block.
+        steps: denoising steps of a block.
+        shift: timestep shift of the noise levels.
+        sampler: ``renoise`` or ``euler``, see `worldsim.rollout.denoise`.
+        context_timestep: timestep of the context pass.
+        context_level: the level of earlier blocks that the weights were trained to read.
+        cache: one line, see `CacheConfig.parse`.
+        actions: its controls, or None.
+        prompt, controls: what it shows when nothing is asked for; the script is repeated.
+    """
+
+    name: str
+    height: int
+    width: int
+    fps: float = 16.0
+    block_frames: int = 1
+    steps: int = 4
+    shift: float = 3.0
+    sampler: str = "renoise"
+    context_timestep: float = 0.0
+    context_level: str = "clean"
+    cache: str = "recent=all"
+    actions: ActionSpec | None = None
+    prompt: str = ""
+    controls: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "block_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"world: {name} must be 1 or more, got {getattr(self, name)}")
+        if self.fps <= 0:
+            raise ValueError(f"world: fps must be above 0, got {self.fps}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(
+                f"world: sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}"
+            )
+        self.schedule()
+        self.cache_config()
+
+    def schedule(self, steps: int | None = None) -> Schedule:
+        """The world's schedule, or the same with another number of steps."""
+        return Schedule.uniform(steps or self.steps, self.shift, self.context_timestep)
+
+    def cache_config(self, line: str | None = None) -> CacheConfig:
+        """The world's cache, or the one that ``line`` describes."""
+        return CacheConfig.parse(line or self.cache, self.block_frames)
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "WorldConfig":
+        """Read ``world.json``.
+
+        Raises:
+            ValueError: if it is missing, is no JSON, or has fields that are not known.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {FILE}: it is not a world folder")
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "WorldConfig":
+        actions = data.get("actions")
+        return cls(**{**data, "actions": None if actions is None else _actions(actions)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything of one session that changes its pixels, beside the world itself.
+
+    Attributes:
+        seed: names the noise, 0…2⁶⁴-1.
+        schedule: when and at which levels blocks are denoised.
+        cache: what the context keeps.
+        sampler: see `WorldConfig`.
+    """
+
+    seed: int
+    schedule: Schedule
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    sampler: str = "renoise"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in 0…2⁶⁴-1, got {self.seed}")
+
+
+def _actions(data: Mapping[str, Any]) -> ActionSpec:
+    fields = {**data, "motion": tuple(Motion(**motion) for motion in data["motion"])}
+    return ActionSpec(**{**fields, "keys": tuple(data["keys"]), "periods": tuple(data["periods"])})
+
+

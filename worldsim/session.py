@@ -1,0 +1,218 @@
+"""One live world: all state that changes, changed only at block boundaries.
+
+A session holds its context (page table), the decoder's carry, the position, the prompt, the held
+keys and the dead-reckoned pose. Noise is a function of (seed, block, step), so this is everything.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worldsim.cache.context import Context
+from worldsim.config import Settings
+from worldsim.controls import IDLE, Keys
+from worldsim.models.autoencoder import Carry, to_pictures
+from worldsim.models.context import ContextView
+from worldsim.models.transformer import Conditioning
+from worldsim.noise import noise
+from worldsim.rollout import OnStep, commit, denoise
+
+if TYPE_CHECKING:
+    from worldsim.world import World
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a block was made under: held keys of each latent frame, and the prompt."""
+
+    keys: tuple[Keys, ...]
+    prompt: str
+
+
+@dataclass
+class Block:
+    """One finished block.
+
+    Attributes:
+        index: absolute block number.
+        start: absolute index of its first latent frame.
+        latents: clean, normalised, float32 ``[1, C, F, h, w]``.
+        frames: pictures, uint8 ``[P, H, W, 3]``; empty until decoded.
+        applied: the controls it was made under.
+        timings: seconds spent by part (``commit`` is that of the block before).
+    """
+
+    index: int
+    start: int
+    latents: Tensor
+    applied: Applied
+    frames: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A finished block whose context pass has not run yet, and what it was made under."""
+
+    block: Block
+    conditioning: Conditioning
+
+
+class Session:
+    """Opened by `World.session`. Not to be shared between threads, except that one thread may
+    `denoise` while another decodes the blocks that came before.
+    """
+
+    def __init__(self, world: "World", settings: Settings, prompt: str = "") -> None:
+        config = world.config
+        self.world = world
+        self.settings = settings
+        self.block = 0  # number of the next block
+        self.frame = 0  # absolute index of its first latent frame
+        self.prompt = prompt
+        self.held: Keys = IDLE
+        self.pose = np.zeros(3)
+        self.carry: Carry = None
+        pages = Context.pages_needed(settings.cache, config.block_frames)
+        world.pool.reserve(pages)
+        self.context = Context(world.pool, settings.cache)
+        self.view = ContextView(self.context, config.block_frames, world.grid, world.attention)
+        self._pending: _Pending | None = None
+        world.text(prompt)  # a prompt that cannot be read is told now
+
+    def control(self, buttons: Sequence[str] | Keys | None = None, prompt: str | None = None) -> None:
+        """Set what is held or asked for, from the next block on; None leaves it as it is.
+
+        Raises:
+            ValueError: for a key or prompt that this world does not know.
+        """
+        if buttons is not None:
+            self.held = self.world.actions.resolve(frozenset(buttons))
+        if prompt is not None:
+            self.world.text(prompt)
+            self.prompt = prompt
+
+    def step(self, keys: Sequence[Keys] | None = None, on_step: OnStep | None = None) -> Block:
+        """Make and decode the next block; ``keys`` gives held keys for each of its frames."""
+        return self.decode(self.denoise(keys, on_step))
+
+    def __iter__(self) -> Iterator[Block]:
+        """Blocks for ever."""
+        while True:
+            yield self.step()
+
+    @torch.inference_mode()
+    def denoise(self, keys: Sequence[Keys] | None = None, on_step: OnStep | None = None) -> Block:
+        """Make the next block's latents. The block before is committed first, the new one later:
+        nobody waits for a context pass who wants to see a picture.
+        """
+        timings = {"commit": _timed(self.settle)}
+        frames = self.world.config.block_frames
+        applied = Applied(tuple(keys) if keys is not None else (self.held,) * frames, self.prompt)
+        if len(applied.keys) != frames:
+            raise ValueError(f"a block has {frames} latent frames, got keys for {len(applied.keys)}")
+        began = time.perf_counter()
+        conditioning, pose = self._conditioning(applied)
+        self.view.prepare(self.frame, frames)
+        latents = denoise(
+            self.world.forward,
+            self.settings.schedule.cells(self.block),
+            conditioning,
+            self.view,
+            self._noise,
+            self.world.latent_shape,
+            self.world.device,
+            self.settings.sampler,
+            on_step,
+        )
+        timings["denoise"] = time.perf_counter() - began
+        block = Block(self.block, self.frame, latents, applied, timings=timings)
+        self._accept(block, conditioning, pose)
+        return block
+
+    @torch.inference_mode()
+    def give(self, latents: Tensor, keys: Sequence[Keys] | None = None) -> Block:
+        """Take ``[1, C, F, h, w]`` as the next block instead of making it; draws no noise."""
+        self.settle()
+        frames = self.world.config.block_frames
+        if tuple(latents.shape) != self.world.latent_shape:
+            raise ValueError(
+                f"a given block must have shape {self.world.latent_shape}, got {tuple(latents.shape)}"
+            )
+        applied = Applied(tuple(keys) if keys is not None else (IDLE,) * frames, self.prompt)
+        conditioning, pose = self._conditioning(applied)
+        self.view.prepare(self.frame, frames)
+        block = Block(self.block, self.frame, latents.to(self.world.device).float(), applied)
+        self._accept(block, conditioning, pose)
+        return block
+
+    @torch.inference_mode()
+    def decode(self, block: Block) -> Block:
+        """Fill in ``block.frames``; blocks must come in order."""
+        began = time.perf_counter()
+        decoded, self.carry = self.world.autoencoder.decode(block.latents, self.carry)
+        block.frames = to_pictures(decoded).cpu().numpy()
+        block.timings["decode"] = time.perf_counter() - began
+        return block
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Run the context pass of the newest block, if it has not run yet."""
+        if self._pending is None:
+            return
+        block, conditioning = self._pending.block, self._pending.conditioning
+        cell = self.settings.schedule.commit_cell(block.index)
+        commit(self.world.commit, cell, block.latents, conditioning, self.view, block.start)
+        self._pending = None
+
+    def fork(self) -> "Session":
+        """A twin that goes its own way from here; both share the pages committed so far."""
+        self.settle()
+        twin = Session(self.world, self.settings, self.prompt)
+        twin.block, twin.frame, twin.held = self.block, self.frame, self.held
+        twin.pose, twin.carry = self.pose, self.carry
+        twin.context = self.context.fork()
+        twin.view.context = twin.context
+        return twin
+
+    def close(self) -> None:
+        """Give the pages back to the world."""
+        self._pending = None
+        self.context.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _accept(self, block: Block, conditioning: Conditioning, pose: NDArray[np.float64]) -> None:
+        self._pending = _Pending(block, conditioning)
+        self.pose = pose
+        self.block += 1
+        self.frame += block.latents.shape[2]
+
+    def _conditioning(self, applied: Applied) -> tuple[Conditioning, NDArray[np.float64]]:
+        """The tensors that controls become, and the pose after them."""
+        keys, values = self.world.text(applied.prompt)
+        spec = self.world.config.actions
+        if spec is None:
+            return Conditioning(keys, values), self.pose
+        vectors, pose = spec.actions(spec.multi_hot(applied.keys), self.pose)
+        actions = torch.from_numpy(vectors)[None].to(self.world.device)
+        return Conditioning(keys, values, actions=actions), pose
+
+    def _noise(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        return noise(self.settings.seed, block, step, shape)
+
+
+def _timed(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

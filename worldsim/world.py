@@ -1,0 +1,381 @@
+"""A world: a loaded model bundle that sessions are opened on.
+
+A world folder holds ``world.json`` and three diffusers folders: ``transformer``, ``vae`` and
+``text_encoder``. Weights, the page pool and encoded prompts are shared by all sessions.
+"""
+
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track as progress_track
+from torch import Tensor
+
+from worldsim.cache.pool import PagePool, PageShape
+from worldsim.config import Settings, WorldConfig
+from worldsim.controls import IDLE, ActionSpec, Keys, parse_prompts
+from worldsim.models.attention import NATIVE, check_backend
+from worldsim.models.autoencoder import GROUP, CausalAutoencoder
+from worldsim.models.transformer import CausalWanTransformer3DModel
+from worldsim.models.weights import cast, load_model
+from worldsim.models.words import WordEncoder
+from worldsim.rollout import OnStep
+from worldsim.schedule import Cell
+from worldsim.session import Block, Session
+
+BUNDLED = "maze"
+TRANSFORMER, DECODER, TEXT = "transformer", "vae", "text_encoder"
+PROMPTS_KEPT = 32
+OUTPUTS = ("np", "pil", "pt", "latent")
+
+TextRows = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+OnStepEnd = Callable[["World", int, float, dict[str, Any]], Any]
+
+
+@dataclass
+class WorldOutput:
+    """What calling a world returns; ``frames`` is one entry for each video, as in diffusers."""
+
+    frames: Any
+
+
+class World:
+    """See the module docstring; `World.from_pretrained` makes one."""
+
+    def __init__(
+        self,
+        config: WorldConfig,
+        transformer: CausalWanTransformer3DModel,
+        autoencoder: CausalAutoencoder,
+        text_encoder: WordEncoder,
+    ) -> None:
+        self.config = config
+        self.transformer = transformer
+        self.autoencoder = autoencoder
+        self.text_encoder = text_encoder
+        self.attention = NATIVE
+        self.device = transformer.device
+        self.dtype = transformer.proj_out.weight.dtype
+        self.forward: Callable[..., Any] = transformer
+        self.commit: Callable[..., Any] = transformer.commit
+        self._progress: dict[str, Any] = {}
+        self._pool: PagePool | None = None
+        self._texts: OrderedDict[str, TextRows] = OrderedDict()
+        height, width = autoencoder.latent_size(config.height, config.width)
+        self.grid = transformer.grid(height, width)
+        channels = transformer.config.in_channels
+        self.latent_shape = (1, channels, config.block_frames, height, width)
+        if config.actions is not None and config.actions.dim != transformer.config.action_dim:
+            raise ValueError(
+                f"world {config.name!r}: its controls make vectors of {config.actions.dim}, but the "
+                f"transformer takes {transformer.config.action_dim}"
+            )
+
+    # --- loading and saving -------------------------------------------------------------------
+    @classmethod
+    def from_pretrained(cls, source: str | Path, torch_dtype: torch.dtype | str = "auto") -> "World":
+        """Load the bundled world (``"maze"``), a world folder, or a hub id.
+
+        Args:
+            source: name, path or hub id.
+            torch_dtype: a dtype, or ``"auto"``: bfloat16 where the processor computes in it.
+
+        Raises:
+            ValueError: an unknown name, an incomplete folder, damaged weights.
+        """
+        folder = _locate(str(source))
+        config = WorldConfig.load(folder)
+        dtype = auto_dtype() if torch_dtype == "auto" else torch_dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"torch_dtype must be a torch dtype or 'auto', got {torch_dtype!r}")
+        return cls(
+            config,
+            load_model(CausalWanTransformer3DModel, folder / TRANSFORMER, dtype),
+            load_model(CausalAutoencoder, folder / DECODER, dtype),
+            load_model(WordEncoder, folder / TEXT, dtype),
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` reads."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, model in self._models().items():
+            model.save_pretrained(target / name)
+        self.config.save(target)  # last: a folder without it is no world
+
+    def to(self, *targets: torch.device | str | torch.dtype) -> "World":
+        """Move and cast, as in ``world.to("cuda", torch.bfloat16)``. Open sessions end.
+
+        Raises:
+            ValueError: where the device is not there.
+        """
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                self.dtype = target
+            else:
+                self.device = _device(target)
+        for model in self._models().values():
+            cast(model, self.dtype)
+            torch.nn.Module.to(model, self.device)
+        self._pool = None
+        self._texts.clear()
+        return self
+
+    def set_attention_backend(self, name: str) -> None:
+        """Choose the attention kernel of sessions opened from now on; ``native`` needs nothing."""
+        self.attention = check_backend(name)
+
+    def compile(self) -> None:
+        """Compile the denoise and commit passes with `torch.compile`, each once."""
+        self.forward = torch.compile(self.transformer, fullgraph=True)
+        self.commit = torch.compile(self.transformer.commit, fullgraph=True)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """``disable=True`` turns the progress bar of a call off."""
+        self._progress = options
+
+    # --- what sessions share -------------------------------------------------------------------
+    @property
+    def actions(self) -> ActionSpec:
+        """The world's controls; a world without any has an empty spec."""
+        return self.config.actions or ActionSpec(keys=())
+
+    @property
+    def pool(self) -> PagePool:
+        """The page pool, made when the first session opens."""
+        if self._pool is None:
+            config = self.transformer.config
+            shape = PageShape(
+                layers=config.num_layers,
+                heads=config.num_attention_heads,
+                tokens=self.grid[0] * self.grid[1],
+                head_dim=config.attention_head_dim,
+            )
+            self._pool = PagePool(shape, self.dtype, self.device)
+        return self._pool
+
+    def text(self, prompt: str) -> TextRows:
+        """Cross-attention K/V of a prompt, computed once for each prompt.
+
+        Raises:
+            ValueError: if the prompt has no word that this world knows.
+        """
+        if prompt not in self._texts:
+            ids = self.text_encoder.ids(prompt).to(self.device)
+            with torch.inference_mode():
+                self._texts[prompt] = self.transformer.encode_prompt(self.text_encoder(ids[None]))
+            while len(self._texts) > PROMPTS_KEPT:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(prompt)
+        return self._texts[prompt]
+
+    def unknown_words(self, prompt: str) -> tuple[str, ...]:
+        """Words of a prompt that this world passes over because it does not know them."""
+        segments = parse_prompts(prompt, self.latents_per_second)
+        readings = (self.text_encoder.read(segment.prompt) for segment in segments)
+        return tuple(word for reading in readings for word in reading.unknown)
+
+    @property
+    def latents_per_second(self) -> float:
+        return self.config.fps / GROUP
+
+    # --- running -------------------------------------------------------------------------------
+    def session(
+        self,
+        prompt: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        cache: str | None = None,
+    ) -> Session:
+        """Open a live world.
+
+        Args:
+            prompt: None takes the world's own.
+            seed: names the noise.
+            steps: denoising steps, None for the world's own.
+            cache: a cache line, see `CacheConfig.parse`, None for the world's own.
+        """
+        settings = Settings(
+            seed, self.config.schedule(steps), self.config.cache_config(cache), self.config.sampler
+        )
+        return Session(self, settings, self.config.prompt if prompt is None else prompt)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        controls: str | Sequence[Keys] | None = None,
+        seed: int = 0,
+        blocks: int | None = None,
+        steps: int | None = None,
+        cache: str | None = None,
+        decode: bool = True,
+        on_step: OnStep | None = None,
+    ) -> Iterator[Block]:
+        """Blocks of a new session, one by one, for ever or ``blocks`` many.
+
+        Args:
+            prompt: one prompt, or several over time (``red brick[4s] | night[4s]``).
+            controls: a script or held keys of each latent frame from the second on (the first is a
+                single picture, which nothing moves). After its end nothing is held; None plays the
+                world's own script over and over.
+            decode: False leaves ``block.frames`` empty for the caller to decode.
+            on_step: sees every denoise cell and its predicted clean latents.
+
+        Everything is checked at the call, before the first block.
+        """
+        if blocks is not None and blocks < 1:
+            raise ValueError(f"a stream needs at least one block, got {blocks}")
+        segments = parse_prompts(self.config.prompt if prompt is None else prompt, self.latents_per_second)
+        for segment in segments:
+            self.text_encoder.read(segment.prompt)
+        track = self._track(controls)
+        session = self.session(segments[0].prompt, seed, steps, cache)
+        return self._blocks(session, segments, track, blocks, decode, on_step)
+
+    def _blocks(
+        self,
+        session: Session,
+        segments: Sequence[Any],
+        track: Callable[[int], Keys],
+        blocks: int | None,
+        decode: bool,
+        on_step: OnStep | None,
+    ) -> Iterator[Block]:
+        with session:
+            while blocks is None or session.block < blocks:
+                current = [s.prompt for s in segments if s.start <= session.frame]
+                session.control(prompt=current[-1])
+                frames = range(session.frame, session.frame + self.config.block_frames)
+                block = session.denoise([track(frame) for frame in frames], on_step)
+                yield session.decode(block) if decode else block
+
+    def _track(self, controls: str | Sequence[Keys] | None) -> Callable[[int], Keys]:
+        """Held keys by absolute latent frame."""
+        own = controls is None
+        script = self.config.controls if controls is None else controls
+        keys = self.actions.parse(script) if isinstance(script, str) else tuple(script)
+
+        def held(frame: int) -> Keys:
+            if frame == 0 or not keys:
+                return IDLE
+            index = (frame - 1) % len(keys) if own else frame - 1
+            return keys[index] if index < len(keys) else IDLE
+
+        return held
+
+    def blocks_for(self, pictures: int) -> int:
+        """Blocks that hold at least ``pictures`` pictures.
+
+        Raises:
+            ValueError: for less than one picture.
+        """
+        if pictures < 1:
+            raise ValueError(f"ask for at least one picture, got {pictures}")
+        latents = 1 + -(-(pictures - 1) // GROUP)
+        return -(-latents // self.config.block_frames)
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        num_frames: int = 81,
+        controls: str | None = None,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "np",
+        callback_on_step_end: OnStepEnd | None = None,
+        cache: str | None = None,
+    ) -> WorldOutput:
+        """A clip in the call shape of diffusers' video pipelines.
+
+        Args:
+            num_frames: pictures; whole blocks are made and trimmed to it.
+            generator: draws the seed, if given.
+            output_type: ``np`` (float ``[1, F, H, W, 3]`` in 0…1), ``pil`` (list of images),
+                ``pt`` (float ``[1, F, 3, H, W]``) or ``latent`` (``[1, C, F, h, w]``).
+            callback_on_step_end: called as ``callback(world, step, timestep, {"latents": x0})``.
+        """
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
+        if generator is not None:
+            seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+        on_step: OnStep | None = None
+        if callback_on_step_end is not None:
+            told = callback_on_step_end
+
+            def on_step(cell: Cell, x0: Tensor) -> None:
+                told(self, cell.level, cell.timestep, {"latents": x0})
+
+        count = self.blocks_for(num_frames)
+        blocks = self.stream(
+            prompt, controls, seed, count, num_inference_steps, cache,
+            decode=output_type != "latent", on_step=on_step,
+        )  # fmt: skip
+        made = list(
+            progress_track(
+                blocks, "blocks", total=count, disable=bool(self._progress.get("disable"))
+            )
+        )
+        if output_type == "latent":
+            return WorldOutput(torch.cat([block.latents for block in made], dim=2))
+        return WorldOutput(_as_output(np.concatenate([b.frames for b in made])[:num_frames], output_type))
+
+    def _models(self) -> Mapping[str, Any]:
+        return {TRANSFORMER: self.transformer, DECODER: self.autoencoder, TEXT: self.text_encoder}
+
+
+def auto_dtype() -> torch.dtype:
+    """bfloat16 where the processor has instructions for it, else float32; never by a timing."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has = (getattr(torch.cpu, name, bool)() for name in _BF16_CHECKS)
+    return torch.bfloat16 if any(has) else torch.float32
+
+
+_BF16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+
+def _locate(source: str) -> Path:
+    if source == BUNDLED:
+        spec = importlib.util.find_spec("worldsim.maze")
+        assert spec is not None and spec.submodule_search_locations is not None
+        return Path(next(iter(spec.submodule_search_locations))) / "weights"
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return _download(source)
+    raise ValueError(f"no world {source!r}: give {BUNDLED!r}, a world folder, or a hub id (owner/name)")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no world {hub_id!r}: no such folder, and the hub says: {reason}") from None
+
+
+def _device(name: torch.device | str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: use 'cpu'")
+    return device
+
+
+def _as_output(frames: np.ndarray, output_type: str) -> Any:
+    if output_type == "pil":
+        from PIL import Image
+
+        return [[Image.fromarray(frame) for frame in frames]]
+    scaled = frames.astype(np.float32)[None] / 255
+    if output_type == "pt":
+        return torch.from_numpy(scaled).permute(0, 1, 4, 2, 3)
+    return scaled
