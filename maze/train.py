@@ -12,7 +12,7 @@ from worldsim.maze.dit_stage import FlowMatching, clip_batches
 from worldsim.maze.fitting import Rank, fit, launch
 from worldsim.maze.footage import make_walks
 from worldsim.maze.recipe import Recipe
-from worldsim.maze.themes import IGNORED, VOCABULARY
+from worldsim.maze.themes import IGNORED, SYNONYMS, VOCABULARY
 from worldsim.models.autoencoder import CausalAutoencoder
 from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.words import WordEncoder
@@ -70,7 +70,9 @@ def _dit(
     recipe: Recipe, folder: Path, rank: Rank, autoencoder: CausalAutoencoder
 ) -> tuple[CausalWanTransformer3DModel, WordEncoder]:
     torch.manual_seed(recipe.seed)
-    words = WordEncoder(VOCABULARY, sorted(IGNORED), recipe.text_dim, recipe.text_length)
+    words = WordEncoder(
+        tuple(SYNONYMS), VOCABULARY, sorted(IGNORED), recipe.text_dim, recipe.text_length
+    )
     dit = CausalWanTransformer3DModel(
         num_attention_heads=recipe.heads,
         attention_head_dim=recipe.head_dim,

@@ -94,6 +94,8 @@ class ContextView:
         end = self._own + len(wanted) * shape.tokens
         self.keys = [keys[:, first:end] for keys in self._keys]
         self.values = [values[:, first:end] for values in self._values]
+        for rows in (*self.keys, *self.values):
+            torch._dynamo.maybe_mark_dynamic(rows, 1)  # a filling context compiles once
         self.own_rotation = self._rotation(plan.query_positions)
 
     def forget(self) -> None:
@@ -140,14 +142,15 @@ class ContextView:
 
     def _allocate(self, capacity: int) -> None:
         shape = self.context.pool.shape
-        size = (shape.heads, self._own + capacity * shape.tokens, shape.head_dim)
+        size = (self._own + capacity * shape.tokens, shape.heads, shape.head_dim)
         self._capacity = capacity
-        self._keys = [self._zeros(size) for _ in range(shape.layers)]
-        self._values = [self._zeros(size) for _ in range(shape.layers)]
+        self._keys = [self._zeros(size).transpose(0, 1) for _ in range(shape.layers)]
+        self._values = [self._zeros(size).transpose(0, 1) for _ in range(shape.layers)]
         self._slots = []
 
     def _zeros(self, size: tuple[int, ...]) -> Tensor:
-        return torch.zeros(size, dtype=self.context.pool.dtype, device=self.context.pool.device)
+        with torch.inference_mode(False):
+            return torch.zeros(size, dtype=self.context.pool.dtype, device=self.context.pool.device)
 
 
 class Rows:

@@ -28,7 +28,8 @@ class WordEncoder(ModelMixin, ConfigMixin):
     """Learned embeddings of a small vocabulary.
 
     Args:
-        vocabulary: accepted word → the canonical word whose row it gets.
+        words: canonical words; word i has row 1 + i (row 0 is padding).
+        synonyms: further accepted words → the canonical word that they mean.
         ignored: words that mean nothing here and are passed over in silence.
         text_dim: width of a row.
         length: rows of every encoded prompt.
@@ -37,14 +38,16 @@ class WordEncoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        vocabulary: Mapping[str, str],
+        words: Sequence[str],
+        synonyms: Mapping[str, str] | None = None,
         ignored: Sequence[str] = (),
         text_dim: int = 64,
         length: int = 16,
     ) -> None:
         super().__init__()
-        self.words = tuple(dict.fromkeys(vocabulary.values()))
-        self._row = {word: 1 + self.words.index(canon) for word, canon in vocabulary.items()}
+        self.words = tuple(words)
+        meant = {word: word for word in words} | dict(synonyms or {})
+        self._row = {word: 1 + self.words.index(canon) for word, canon in meant.items()}
         self._ignored = frozenset(ignored)
         self.length = length
         self.embedding = nn.Embedding(1 + len(self.words), text_dim)

@@ -9,7 +9,6 @@ frame. Knows nothing of worlds or threads: `pipeline.Writer` puts a sink on a th
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
@@ -54,8 +53,8 @@ def open_sink(target: str | Path, fps: float, scale: int = 1) -> Sink:
     Raises ValueError for a target, fps or scale that cannot be, OSError for a target that cannot be
     written; one line each.
     """
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise ValueError(f"fps is {fps}: give frames per second, above 0 and at most 1000")
+    if not 0.01 <= fps <= 1000:
+        raise ValueError(f"fps is {fps}: give frames per second, from 0.01 to 1000")
     if scale < 1:
         raise ValueError(f"scale is {scale}: give a whole number, 1 or more")
     name = str(target)
@@ -153,8 +152,8 @@ class PngSink(FrameSink):
     def _add(self, frame: Frames) -> None:
         import imageio.v3 as imageio
 
-        png = imageio.imwrite("<bytes>", frame, extension=".png", compress_level=1)
-        Path(self._target % self._count).write_bytes(png)  # whole, or with a plain error
+        png = imageio.imwrite("<bytes>", frame, plugin="pillow", extension=".png", compress_level=1)
+        Path(self._target % self._count).write_bytes(png)  # imageio would trip over a full disk
         self._count += 1
 
 
@@ -175,9 +174,7 @@ class RawSink(FrameSink):
 
 
 def frame_size(frames: Frames, expected: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(height, width) of uint8 [n, height, width, 3]; ValueError if it is not that, or not equal
-    to `expected`.
-    """
+    """(height, width) of uint8 [n, height, width, 3]; ValueError for others, or if unexpected."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [n, h, w, 3]")
     size = (frames.shape[1], frames.shape[2])

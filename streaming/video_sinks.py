@@ -68,7 +68,7 @@ class VideoSink(FrameSink):
     def __init__(self, path: Path, fps: float, scale: int = 1) -> None:
         self._format = FORMATS[path.suffix.lower()]
         if fps > self._format.max_fps:
-            raise ValueError(f"{path.suffix} plays at most {self._format.max_fps} frames/s: .mp4?")
+            raise ValueError(f"{path.suffix} plays at most {self._format.max_fps} frames/s")
         try:
             Codec(self._format.codec, "w")
         except UnknownCodecError as error:
@@ -135,7 +135,7 @@ class VideoSink(FrameSink):
 
 
 class FragmentFile:
-    """A file for PyAV that grows by what a whole number of fragments holds, or not at all.
+    """A file for PyAV that grows by whole fragments or not at all.
 
     - PyAV only fills memory; the disk is met in `flush`, outside it. An error inside its callbacks
       would be lost or, before PyAV 18, end in a segmentation fault.

@@ -504,6 +504,7 @@ def test_an_existing_file_is_replaced_by_frames(tmp_path: Path, name: str) -> No
         ("x" * 300 + ".mp4", 16, 1, OSError, "too long"),
         ("out.mp4", 0, 1, ValueError, "fps is 0"),
         ("out.mp4", float("nan"), 1, ValueError, "fps is nan"),
+        ("out.mp4", float("inf"), 1, ValueError, "fps is inf"),
         ("out.gif", 60, 1, ValueError, "at most 50"),
         ("out.mp4", 16, 0, ValueError, "scale is 0"),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 from worldsim.cache.context import Context
 from worldsim.config import Settings
 from worldsim.controls import IDLE, Keys
-from worldsim.models.autoencoder import Carry, to_pictures
+from worldsim.models.autoencoder import Carry, CausalAutoencoder, to_pictures
 from worldsim.models.context import ContextView
 from worldsim.models.transformer import Conditioning
 from worldsim.noise import noise
@@ -152,13 +152,9 @@ class Session:
         self._accept(block, conditioning, pose)
         return block
 
-    @torch.inference_mode()
     def decode(self, block: Block) -> Block:
         """Fill in ``block.frames``; blocks must come in order."""
-        began = time.perf_counter()
-        decoded, self.carry = self.world.autoencoder.decode(block.latents, self.carry)
-        block.frames = to_pictures(decoded).cpu().numpy()
-        block.timings["decode"] = time.perf_counter() - began
+        self.carry = decode(self.world.autoencoder, block, self.carry)
         return block
 
     @torch.inference_mode()
@@ -210,6 +206,16 @@ class Session:
 
     def _noise(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
         return noise(self.settings.seed, block, step, shape)
+
+
+@torch.inference_mode()
+def decode(autoencoder: CausalAutoencoder, block: Block, carry: Carry) -> Carry:
+    """Fill in the pictures of a stream's next block; returns the decoder's new carry."""
+    began = time.perf_counter()
+    decoded, carry = autoencoder.decode(block.latents, carry)
+    block.frames = to_pictures(decoded).cpu().numpy()
+    block.timings["decode"] = time.perf_counter() - began
+    return carry
 
 
 def _timed(work: Callable[[], None]) -> float:

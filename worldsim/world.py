@@ -6,7 +6,7 @@ A world folder holds ``world.json`` and three diffusers folders: ``transformer``
 
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
 from worldsim.controls import IDLE, ActionSpec, Keys, parse_prompts
 from worldsim.models.attention import NATIVE, check_backend
-from worldsim.models.autoencoder import GROUP, CausalAutoencoder
+from worldsim.models.autoencoder import GROUP, Carry, CausalAutoencoder
 from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.weights import cast, load_model
 from worldsim.models.words import WordEncoder
 from worldsim.rollout import OnStep
 from worldsim.schedule import Cell
-from worldsim.session import Block, Session
+from worldsim.session import Block, Session, decode
 
 BUNDLED = "maze"
 TRANSFORMER, DECODER, TEXT = "transformer", "vae", "text_encoder"
@@ -213,7 +213,7 @@ class World:
         blocks: int | None = None,
         steps: int | None = None,
         cache: str | None = None,
-        decode: bool = True,
+        decoding: bool = True,
         on_step: OnStep | None = None,
     ) -> Iterator[Block]:
         """Blocks of a new session, one by one, for ever or ``blocks`` many.
@@ -223,7 +223,7 @@ class World:
             controls: a script or held keys of each latent frame from the second on (the first is a
                 single picture, which nothing moves). After its end nothing is held; None plays the
                 world's own script over and over.
-            decode: False leaves ``block.frames`` empty for the caller to decode.
+            decoding: False leaves ``block.frames`` empty for the caller to decode.
             on_step: sees every denoise cell and its predicted clean latents.
 
         Everything is checked at the call, before the first block.
@@ -235,7 +235,14 @@ class World:
             self.text_encoder.read(segment.prompt)
         track = self._track(controls)
         session = self.session(segments[0].prompt, seed, steps, cache)
-        return self._blocks(session, segments, track, blocks, decode, on_step)
+        return self._blocks(session, segments, track, blocks, decoding, on_step)
+
+    def decoded(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """Decode a stream's blocks (made with ``decoding=False``) as they come, in order."""
+        carry: Carry = None
+        for block in blocks:
+            carry = decode(self.autoencoder, block, carry)
+            yield block
 
     def _blocks(
         self,
@@ -243,7 +250,7 @@ class World:
         segments: Sequence[Any],
         track: Callable[[int], Keys],
         blocks: int | None,
-        decode: bool,
+        decoding: bool,
         on_step: OnStep | None,
     ) -> Iterator[Block]:
         with session:
@@ -252,7 +259,7 @@ class World:
                 session.control(prompt=current[-1])
                 frames = range(session.frame, session.frame + self.config.block_frames)
                 block = session.denoise([track(frame) for frame in frames], on_step)
-                yield session.decode(block) if decode else block
+                yield session.decode(block) if decoding else block
 
     def _track(self, controls: str | Sequence[Keys] | None) -> Callable[[int], Keys]:
         """Held keys by absolute latent frame."""
@@ -314,7 +321,7 @@ class World:
         count = self.blocks_for(num_frames)
         blocks = self.stream(
             prompt, controls, seed, count, num_inference_steps, cache,
-            decode=output_type != "latent", on_step=on_step,
+            decoding=output_type != "latent", on_step=on_step,
         )  # fmt: skip
         made = list(
             progress_track(

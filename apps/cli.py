@@ -1,0 +1,142 @@
+"""The command line. Each command lives in its own module and is loaded when it is called."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="worldsim: a block-diffusion video model as a live, controllable world.",
+)
+
+Seed = Annotated[int, typer.Option(help="Names the noise; the same seed gives the same world.")]
+WorldName = Annotated[str, typer.Option(help="'maze', a world folder, or a hub id.")]
+Steps = Annotated[Optional[int], typer.Option(help="Denoising steps of a block.")]
+Cache = Annotated[
+    Optional[str], typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Threads = Annotated[Optional[int], typer.Option(help="Threads of one stage; default: all cores.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+@app.command(
+    epilog="Examples:  worldsim stream maze.mp4 --controls 'W*12 L*5 W*20' --prompt 'green hedges'"
+    "  ·  worldsim stream - | ffplay -f rawvideo -pixel_format rgb24 -video_size 64x64 -"
+)
+def stream(
+    out: Annotated[
+        str, typer.Argument(help=".mp4, .gif, .webp, frames/ (PNG), or - for raw RGB to a pipe.")
+    ],
+    world: WorldName = "maze",
+    prompt: Annotated[
+        Optional[str], typer.Option(help="Plain words; over time: 'red brick[4s] | night[4s]'.")
+    ] = None,
+    controls: Annotated[
+        Optional[str], typer.Option(help="Script of held keys per latent frame, e.g. 'W*12 WJ*4'.")
+    ] = None,
+    seconds: Annotated[
+        Optional[float], typer.Option(help="Length; default: the script, else 20 seconds.")
+    ] = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    cache: Cache = None,
+    fps: Annotated[
+        Optional[float], typer.Option(help="Playing speed; default: the world's own.")
+    ] = None,
+    scale: Annotated[int, typer.Option(help="Enlarge every pixel; default: up to 256 lines.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Walk through a world and write what one sees, as it is made."""
+    from worldsim.apps.stream import StreamOptions, run
+
+    run(
+        StreamOptions(
+            out, world, prompt, controls, seconds, seed, steps, cache, fps, scale, dtype, device,
+            threads,
+        )
+    )  # fmt: skip
+
+
+@app.command(epilog="Example:  worldsim bench --json bench.json")
+def bench(
+    world: WorldName = "maze",
+    blocks: Annotated[int, typer.Option(help="Blocks to time, after the warm-up.")] = 120,
+    steps: Steps = None,
+    cache: Cache = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    json: Annotated[Optional[Path], typer.Option(help="Also write the figures here.")] = None,
+) -> None:
+    """Time a world by part: denoise, commit, decode, encode; first frame; memory."""
+    from worldsim.apps.bench import BenchOptions, run
+
+    run(BenchOptions(world, blocks, steps, cache, dtype, device, threads, json))
+
+
+@app.command(epilog="Examples:  worldsim train maze --ranks 2  ·  worldsim train maze --device cuda")
+def train(
+    what: Annotated[str, typer.Argument(help="The recipe: maze.")],
+    out: Annotated[Path, typer.Option(help="Folder for weights, curves, sheets.")] = Path("runs/maze"),
+    preset: Annotated[
+        Optional[str], typer.Option(help="cpu, gpu or tiny; default: by the device.")
+    ] = None,
+    device: Device = "cpu",
+    ranks: Annotated[int, typer.Option(help="Processes of one thread each (CPU).")] = 1,
+) -> None:
+    """Train a world from nothing; run again to resume."""
+    from worldsim.apps.train import run
+
+    run(what, out, preset, device, ranks)
+
+
+@app.command(epilog="Example:  worldsim evaluate --steps 2 --json scores.json")
+def evaluate(
+    world: WorldName = "maze",
+    states: Annotated[int, typer.Option(help="Held-out states for each measure.")] = 200,
+    steps: Steps = None,
+    cache: Cache = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    sheet: Annotated[Optional[Path], typer.Option(help="Contact sheet, true above generated.")] = None,
+    json: Annotated[Optional[Path], typer.Option(help="Also write the figures here.")] = None,
+) -> None:
+    """Score the maze world against its simulator, on maps that training never saw."""
+    from worldsim.apps.evaluate import EvaluateOptions, run
+
+    run(EvaluateOptions(world, states, steps, cache, dtype, device, threads, sheet, json))
+
+
+@app.command(epilog="Example:  worldsim sheet maze.png --seed 3")
+def sheet(
+    out: Annotated[Path, typer.Argument(help="PNG file.")],
+    seed: Seed = 0,
+    rows: Annotated[int, typer.Option(help="Walks to show.")] = 12,
+    seconds: Annotated[float, typer.Option(help="Length of each walk.")] = 12.0,
+    height: Annotated[int, typer.Option(help="Picture height.")] = 64,
+    width: Annotated[int, typer.Option(help="Picture width.")] = 64,
+) -> None:
+    """Look at the maze simulator itself: one walk a row, one theme each."""
+    from worldsim.apps.sheet import run
+
+    run(out, seed, rows, seconds, height, width)
+
+
+def main() -> None:
+    """Console entry: errors of the user are one line and exit code 2, any other failure 1."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"worldsim: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,34 @@
+"""Opening a world the way the command line asks for it."""
+
+import os
+
+import torch
+
+from worldsim.world import World
+
+SHOWN_LINES = 256
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_world(name: str, dtype: str, device: str, threads: int | None) -> World:
+    """Load a world in a dtype, on a device, with a number of threads.
+
+    Raises:
+        ValueError: for a dtype, a device or a number of threads that cannot be.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ValueError(f"threads must be 1 or more, got {threads}")
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    world = World.from_pretrained(name, DTYPES.get(dtype, "auto"))
+    return world if device == "cpu" else world.to(device)
+
+
+def shown_scale(world: World) -> int:
+    """How often to repeat the pixels of a small world, so that people can see it."""
+    return max(1, SHOWN_LINES // world.config.height)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,152 @@
+"""`worldsim stream`: denoise, decode and encode, each on its own thread, into a file or a pipe."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from worldsim.apps.opening import dtype_name, open_world, shown_scale
+from worldsim.models.autoencoder import GROUP
+from worldsim.session import Block
+from worldsim.streaming.pipeline import Writer, prefetch
+from worldsim.streaming.sinks import SinkClosed, open_sink
+from worldsim.world import World
+
+DEFAULT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """What the command line was given; None and 0 mean the world's own."""
+
+    out: str
+    world: str
+    prompt: str | None
+    controls: str | None
+    seconds: float | None
+    seed: int
+    steps: int | None
+    cache: str | None
+    fps: float | None
+    scale: int
+    dtype: str
+    device: str
+    threads: int | None
+
+
+@dataclass
+class Tally:
+    """Figures of a run, for the bar and the summary."""
+
+    began: float
+    blocks: int = 0
+    pictures: int = 0
+    first: float = 0.0
+
+    def add(self, block: Block, pictures: int) -> None:
+        self.blocks += 1
+        self.pictures += pictures
+        if self.blocks == 1:
+            self.first = time.perf_counter() - self.began
+
+    @property
+    def fps(self) -> float:
+        return self.pictures / max(1e-9, time.perf_counter() - self.began)
+
+
+def run(options: StreamOptions) -> None:
+    """Stream to ``options.out``; Ctrl-C ends it with a file that plays.
+
+    Raises:
+        ValueError, OSError: one clear line, before anything is written.
+    """
+    console = Console(stderr=True, highlight=False)
+    seconds = _check_length(options)
+    world = open_world(options.world, options.dtype, options.device, options.threads)
+    if options.prompt is not None:
+        _tell_unknown_words(console, world, options.prompt)
+    pictures = _length(world, options, seconds)
+    blocks = world.stream(
+        options.prompt, options.controls, options.seed, world.blocks_for(pictures),
+        options.steps, options.cache, decoding=False,
+    )  # fmt: skip
+    fps = options.fps or world.config.fps
+    # A pipe gets the world's own pixels, a file what people can see.
+    scale = options.scale or (1 if options.out == "-" else shown_scale(world))
+    sink = open_sink(options.out, fps, scale)
+    tally = Tally(time.perf_counter())
+    interrupted = False
+    try:
+        with Writer(sink) as writer:
+            try:
+                _pump(world, blocks, writer, pictures, tally, console)
+            except KeyboardInterrupt:
+                interrupted = True
+    except SinkClosed:
+        interrupted = True
+    _summary(console, world, options, tally, interrupted)
+
+
+def _pump(
+    world: World,
+    blocks: Iterator[Block],
+    writer: Writer,
+    pictures: int,
+    tally: Tally,
+    console: Console,
+) -> None:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+    )  # fmt: skip
+    ahead = prefetch(blocks)
+    with Progress(*columns, console=console) as progress, contextlib.closing(ahead):
+        task = progress.add_task("pictures", total=pictures, figures="")
+        for block in world.decoded(ahead):
+            frames = block.frames[: pictures - tally.pictures]
+            writer.write(frames)
+            tally.add(block, len(frames))
+            figures = (
+                f"{tally.fps:.0f} fps · denoise {1e3 * block.timings['denoise']:.1f} ms · "
+                f"decode {1e3 * block.timings['decode']:.1f} ms"
+            )
+            progress.update(task, advance=len(frames), figures=figures)
+
+
+def _check_length(options: StreamOptions) -> float | None:
+    if options.seconds is not None and not 0 < options.seconds < float("inf"):
+        raise ValueError(f"--seconds must be above 0, got {options.seconds:g}")
+    return options.seconds
+
+
+def _length(world: World, options: StreamOptions, seconds: float | None) -> int:
+    """Pictures to write: the seconds asked for, else the whole script, else 20 seconds."""
+    if seconds is None and options.controls is not None:
+        latents = 1 + len(world.actions.parse(options.controls))
+        return 1 + GROUP * (latents - 1)
+    return max(1, round((seconds or DEFAULT_SECONDS) * world.config.fps))
+
+
+def _tell_unknown_words(console: Console, world: World, prompt: str) -> None:
+    unknown = world.unknown_words(prompt)
+    if unknown:
+        known = world.text_encoder.known()
+        console.print(f"worldsim: passed over {', '.join(unknown)}; this world knows {known}")
+
+
+def _summary(
+    console: Console, world: World, options: StreamOptions, tally: Tally, interrupted: bool
+) -> None:
+    if not tally.pictures:
+        console.print("worldsim: stopped before the first picture; nothing was written")
+        return
+    seconds = tally.pictures / (options.fps or world.config.fps)
+    console.print(
+        f"{'stopped: ' if interrupted else ''}{tally.pictures} pictures ({seconds:.1f} s) to "
+        f"{options.out} · {tally.fps:.0f} fps · first picture {tally.first:.2f} s after loading · "
+        f"seed {options.seed} · {dtype_name(world.dtype)} · "
+        f"context {world.pool.nbytes / 2**20:.1f} MiB"
+    )

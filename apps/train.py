@@ -1,0 +1,31 @@
+"""`worldsim train`: recipes that make a world from nothing."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from worldsim.maze.recipe import PRESETS
+from worldsim.maze.train import WORLD, train
+
+
+def run(what: str, out: Path, preset: str | None, device: str, ranks: int) -> None:
+    """Train or resume; see `worldsim.maze.train`.
+
+    Raises:
+        ValueError: for a recipe, preset, device or number of ranks that cannot be.
+    """
+    if what != "maze":
+        raise ValueError(f"unknown recipe {what!r}: there is 'maze'")
+    name = preset or ("gpu" if device.startswith("cuda") else "cpu")
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose {', '.join(PRESETS)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: leave out --device, or use --device cpu")
+    if ranks < 1 or (ranks > 1 and device != "cpu"):
+        raise ValueError(f"--ranks must be 1 or more, and is for the CPU only; got {ranks}")
+    train(PRESETS[name], out, device, ranks)
+    Console(stderr=True).print(
+        f"done: the world is in {out / WORLD} (worldsim stream walk.mp4 --world {out / WORLD}), "
+        f"curves and sheets in {out}"
+    )

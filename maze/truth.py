@@ -1,0 +1,88 @@
+"""Ground truth for evaluation: walks on maps that training never saw, and what follows from them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldsim.controls import Keys
+from worldsim.maze.simulator import KEYS, MazeMaps, maps, render, trajectory
+from worldsim.maze.themes import Theme
+from worldsim.maze.walks import HELD_OUT, theme_track, walks
+
+GIVEN = 5  # latent frames that a rollout is given: one picture and one true second
+FORKS: dict[str, Keys] = {
+    "forward": frozenset({"KeyW"}),
+    "back": frozenset({"KeyS"}),
+    "left": frozenset({"KeyJ"}),
+    "right": frozenset({"KeyL"}),
+    "idle": frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Held-out walks, one theme each.
+
+    Attributes:
+        mazes: their maps.
+        poses: of every picture, ``[B, P, 3]``.
+        keys: held keys of each latent frame, bool ``[B, N, 6]``.
+        themes: theme indices, ``[B, 4]``.
+        size: height and width of a picture.
+    """
+
+    mazes: MazeMaps
+    poses: Tensor
+    keys: Tensor
+    themes: Tensor
+    size: tuple[int, int]
+
+    def pictures(self, row: int, first: int = 0, last: int | None = None) -> Tensor:
+        """True pictures ``first…last`` of a walk, uint8 ``[P, H, W, 3]``."""
+        return self._render(row, self.poses[row, first:last])
+
+    def prompt(self, row: int) -> str:
+        return Theme.from_indices(tuple(self.themes[row].tolist())).prompt()
+
+    def track(self, row: int) -> list[Keys]:
+        """Held keys of each latent frame."""
+        return [
+            frozenset(key for key, down in zip(KEYS, held, strict=True) if down)
+            for held in self.keys[row].tolist()
+        ]
+
+    def continued(self, row: int, picture: int, keys: Keys, latents: int) -> Tensor:
+        """What follows picture ``picture`` while ``keys`` are held, ``[4 · latents, H, W, 3]``."""
+        held = torch.tensor([key in keys for key in KEYS]).expand(1, 1 + latents, -1)
+        start = self.poses[row : row + 1, picture]
+        poses = trajectory(self.mazes[row : row + 1], start, held)
+        return self._render(row, poses[0, 1:])
+
+    def _render(self, row: int, poses: Tensor) -> Tensor:
+        themes = self.themes[row].expand(1, len(poses), 4)
+        return render(self.mazes[row : row + 1], poses[None], themes, *self.size)[0]
+
+
+def held_out(count: int, latents: int, size: tuple[int, int], first_seed: int = 0) -> Truth:
+    """``count`` walks of ``latents`` latent frames on held-out maps, a pure function of arguments."""
+    mazes = maps([HELD_OUT + first_seed + i for i in range(count)])
+    walk = walks(mazes, mazes.start, latents, HELD_OUT + first_seed)
+    themes = theme_track(count, 1, HELD_OUT + first_seed, switch_probability=0.0)[:, 0]
+    return Truth(mazes, walk.poses, walk.keys, themes, size)
+
+
+def psnr(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
+    """PSNR in dB of two uint8 clips of one shape, over all their pictures."""
+    x, y = (torch.as_tensor(clip).to(torch.float64) for clip in (a, b))
+    error = float((x - y).square().mean())
+    return 10 * float(np.log10(255.0**2 / max(error, 1e-10)))
+
+
+def sharpness(clip: Tensor | np.ndarray) -> float:
+    """Mean absolute difference of neighbouring pixels, 0…255."""
+    x = torch.as_tensor(clip).to(torch.float32)
+    return float(x.diff(dim=-2).abs().mean() + x.diff(dim=-3).abs().mean()) / 2
+
+
