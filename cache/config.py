@@ -78,6 +78,6 @@ class CacheConfig:
 
 
 def _count(name: str, value: str) -> int:
-    if not value.isdigit():
+    if not value.isdecimal():
         raise ValueError(f"cache: {name} must be a whole number of latent frames, got {value!r}")
     return int(value)

@@ -20,6 +20,7 @@ class _Published:
 
     block: int
     before: Table
+    previous: int | None
 
 
 class Context:
@@ -29,6 +30,7 @@ class Context:
         self.pool = pool
         self.config = config
         self.table: Table = ()
+        self.newest: int | None = None  # newest committed block
         self._staged: dict[tuple[int, int], Table] = {}
         self._last: _Published | None = None
 
@@ -75,7 +77,8 @@ class Context:
         before = self.table
         self.table, evicted = admit(before, new, self.config)
         self._release(set(evicted) - set(before))  # frames that the policy did not take at all
-        self._last = _Published(block, before)
+        self._last = _Published(block, before, self.newest)
+        self.newest = block
 
     def abort(self, block: int) -> None:
         """Drop everything staged or published for blocks from ``block`` on.
@@ -85,21 +88,21 @@ class Context:
         """
         for key in [key for key in self._staged if key[0] >= block]:
             self._drop_staged(*key)
-        if self._last is None or self._last.block < block:
+        if self.newest is None or self.newest < block:
             return
-        if self._last.block > block:
+        if self._last is None or self._last.block > block:
             raise ValueError(
-                f"cannot abort block {block}: only the newest committed block "
-                f"({self._last.block}) can be taken back"
+                f"cannot abort block {block}: block {self.newest} is committed, and only the "
+                "newest commit of this very context can be taken back, once"
             )
         self._release(set(self.table) - set(self._last.before))
-        self.table = self._last.before
+        self.table, self.newest = self._last.before, self._last.previous
         self._last = None
 
     def fork(self) -> "Context":
         """A second table over the same pages; each side's later commits are its own."""
         twin = Context(self.pool, self.config)
-        twin.table = self.table
+        twin.table, twin.newest = self.table, self.newest
         for entry in self.table:
             self.pool.retain(entry.page)
         return twin
@@ -110,7 +113,7 @@ class Context:
             self._drop_staged(*key)
         held = set(self.table) | set(self._last.before if self._last else ())
         self._release(held)
-        self.table, self._last = (), None
+        self.table, self.newest, self._last = (), None, None
 
     def _drop_staged(self, block: int, level: int) -> None:
         self._release(set(self._staged.pop((block, level), ())))

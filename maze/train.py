@@ -12,6 +12,7 @@ from worldsim.maze.dit_stage import FlowMatching, clip_batches
 from worldsim.maze.fitting import Rank, fit, launch
 from worldsim.maze.footage import make_walks
 from worldsim.maze.recipe import Recipe
+from worldsim.maze.report import draw_rollouts, plot_losses
 from worldsim.maze.themes import IGNORED, SYNONYMS, VOCABULARY
 from worldsim.models.autoencoder import CausalAutoencoder
 from worldsim.models.transformer import CausalWanTransformer3DModel
@@ -34,6 +35,8 @@ def _train(index: int, ranks: int, recipe: Recipe, folder: Path, device: str) ->
     if rank.first:
         world = World(world_config(recipe), dit, autoencoder, words)
         world.to("cpu", torch.float16).save_pretrained(folder / WORLD)
+        plot_losses(folder, folder / "losses.png")
+        draw_rollouts(World.from_pretrained(folder / WORLD), folder / "rollouts.png")
 
 
 def world_config(recipe: Recipe) -> WorldConfig:

@@ -37,24 +37,34 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     return torch.softmax(scores, dim=-1) @ v
 
 
-def check_backend(name: str) -> str:
-    """Return ``name`` if this machine can run that attention kernel.
+def check_backend(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+) -> str:
+    """Return ``name`` if that attention kernel runs on such tensors here; it is tried out.
 
     Raises:
         ValueError: unknown or not installed, naming what there is.
     """
     if name == NATIVE:
         return name
-    from diffusers.models.attention_dispatch import AttentionBackendName
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _check_attention_backend_requirements,
+    )
 
     known = sorted(backend.value for backend in AttentionBackendName)
     if name not in known:
         raise ValueError(f"unknown attention backend {name!r}; choose one of {', '.join(known)}")
-    probe = torch.zeros(1, 1, 16, 64)
+    probe = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
     try:
+        _check_attention_backend_requirements(AttentionBackendName(name))
         attention(probe, probe, probe, backend=name)
     except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"attention backend {name!r} does not run here ({error}); use {NATIVE!r}"
+            f"attention backend {name!r} does not run here ({reason}); use {NATIVE!r}"
         ) from error
     return name

@@ -117,8 +117,9 @@ class CausalAutoencoder(ModelMixin, ConfigMixin):
             normalised latents ``[B, C, T, H/8, W/8]`` and the new carry.
 
         Raises:
-            ValueError: if P does not fill whole latent frames.
+            ValueError: if P does not fill whole latent frames, or 8 does not divide the size.
         """
+        self.latent_size(*pictures.shape[-2:])
         groups = _group(pictures, first=carry is None)
         latents = []
         for group in groups.split(1, dim=1):  # always one by one: bits do not depend on chunking

@@ -33,10 +33,11 @@ class Attends(Protocol):
 class ContextView:
     """One session's pages, rotated for the current block.
 
-    Keys and values of a layer lie in one preallocated buffer ``[H, own + capacity, D]``: the
-    block's own rows first, then one slot for each page. So the own rows have a fixed address, a
+    Keys and values of a layer lie in one preallocated buffer, seen as ``[H, own + capacity, D]``:
+    the block's own rows first, then one slot for each page. So the own rows have a fixed address, a
     filling context only lengthens a slice, and a slot is written again only when its page or its
-    position changes.
+    position changes. In memory rows come before heads, which makes every slice's strides the same:
+    a compiled pass fits all lengths.
     """
 
     def __init__(
@@ -95,7 +96,8 @@ class ContextView:
         self.keys = [keys[:, first:end] for keys in self._keys]
         self.values = [values[:, first:end] for values in self._values]
         for rows in (*self.keys, *self.values):
-            torch._dynamo.maybe_mark_dynamic(rows, 1)  # a filling context compiles once
+            # Tells `torch.compile` beforehand that this one length grows: it compiles once.
+            torch._dynamo.maybe_mark_dynamic(rows, 1)
         self.own_rotation = self._rotation(plan.query_positions)
 
     def forget(self) -> None:
@@ -149,6 +151,7 @@ class ContextView:
         self._slots = []
 
     def _zeros(self, size: tuple[int, ...]) -> Tensor:
+        # Always plain tensors: compiled code does not take an inference tensor for the same thing.
         with torch.inference_mode(False):
             return torch.zeros(size, dtype=self.context.pool.dtype, device=self.context.pool.device)
 

@@ -138,7 +138,7 @@ class ActionSpec:
         for part in re.split(r"[,\s]+", script.strip()):
             if part:
                 chord, star, count = part.partition("*")
-                if star and (not count.isdigit() or int(count) == 0):
+                if star and (not count.isdecimal() or int(count) == 0):
                     raise ValueError(
                         f"controls: {part!r} must end in a count, as in 'W*12' (latent frames)"
                     )

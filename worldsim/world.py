@@ -128,7 +128,8 @@ class World:
 
     def set_attention_backend(self, name: str) -> None:
         """Choose the attention kernel of sessions opened from now on; ``native`` needs nothing."""
-        self.attention = check_backend(name)
+        head_dim = self.transformer.config.attention_head_dim
+        self.attention = check_backend(name, self.device, self.dtype, head_dim)
 
     def compile(self) -> None:
         """Compile the denoise and commit passes with `torch.compile`, each once."""

@@ -1,0 +1,59 @@
+"""What a training run leaves for people to look at: loss curves and true/generated pictures."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from worldsim.maze.scores import rollouts
+from worldsim.maze.sheet import pairs_sheet
+from worldsim.maze.truth import GIVEN, held_out
+from worldsim.session import Session
+from worldsim.world import World
+
+ROWS, SECONDS = 8, 4
+SMOOTHED = 15  # logged points
+
+
+def plot_losses(folder: Path, out: Path) -> None:
+    """One panel for each ``NAME.csv`` in ``folder``: every figure over the steps, smoothed."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    logs = sorted(folder.glob("*.csv"))
+    figure, panels = pyplot.subplots(1, len(logs), figsize=(6 * len(logs), 4), squeeze=False)
+    for panel, log in zip(panels[0], logs, strict=True):
+        with log.open() as file:
+            names, *rows = list(csv.reader(file))
+        values = np.array(rows, dtype=float)
+        panel.set(title=log.stem, xlabel="step")
+        for column, name in enumerate(names[1:], start=1):
+            axis = panel.twinx() if name == "psnr" else panel
+            colour = f"C{column - 1}"
+            axis.plot(values[:, 0], _smooth(values[:, column]), color=colour, label=name)
+            axis.set_ylabel(f"{name}{' (dB)' if name == 'psnr' else ''}", color=colour)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_rollouts(world: World, out: Path) -> None:
+    """Held-out walks, truth above what the world makes of the same controls."""
+
+    def open_session(prompt: str, seed: int) -> Session:
+        return world.session(prompt, seed)
+
+    truth = held_out(ROWS, GIVEN + 4 * SECONDS, (world.config.height, world.config.width))
+    _, _, clips = rollouts(open_session, truth, SECONDS, note=lambda: None)
+    first = 4 * (GIVEN - 1) + 1
+    true = np.stack([truth.pictures(i, first, first + len(clip)) for i, clip in enumerate(clips)])
+    labels = [truth.prompt(row) for row in range(ROWS)]
+    pairs_sheet(true, np.stack(clips), every=4, labels=labels).save(out)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    width = min(SMOOTHED, len(values))
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="valid")
