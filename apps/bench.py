@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from worldsim.apps.opening import dtype_name, open_world, shown_scale
+from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.report import machine, print_table, write_json
 from worldsim.session import Block
 from worldsim.streaming.pipeline import Writer, prefetch
@@ -77,7 +77,7 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
     return {
         "world": world.config.name,
         "size": [world.config.height, world.config.width],
-        "dtype": dtype_name(world.dtype),
+        "dtype": str(world.dtype).removeprefix("torch."),
         "device": str(world.device),
         **settings,
         "blocks": len(blocks),

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from worldsim.apps.opening import dtype_name, open_world
+from worldsim.apps.opening import open_world
 from worldsim.apps.report import machine, print_table, write_json
 from worldsim.maze import scores
 from worldsim.maze.looks import learn_looks
@@ -100,7 +100,7 @@ def evaluate(world: World, options: EvaluateOptions) -> dict[str, Any]:
     }
     return {
         "world": options.world,
-        "dtype": dtype_name(world.dtype),
+        "dtype": str(world.dtype).removeprefix("torch."),
         "steps": options.steps or world.config.steps,
         "cache": options.cache or world.config.cache,
         "states": states,

@@ -21,14 +21,9 @@ def open_world(name: str, dtype: str, device: str, threads: int | None) -> World
     if threads is not None and not 1 <= threads <= 1024:
         raise ValueError(f"threads must be 1 or more, got {threads}")
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    world = World.from_pretrained(name, DTYPES.get(dtype, "auto"))
-    return world if device == "cpu" else world.to(device)
+    return World.from_pretrained(name, DTYPES.get(dtype, "auto"), device)
 
 
 def shown_scale(world: World) -> int:
     """How often to repeat the pixels of a small world, so that people can see it."""
     return max(1, SHOWN_LINES // world.config.height)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from worldsim.apps.opening import dtype_name, open_world, shown_scale
+from worldsim.apps.opening import open_world, shown_scale
 from worldsim.models.autoencoder import GROUP
 from worldsim.session import Block
 from worldsim.streaming.pipeline import Writer, prefetch
@@ -63,7 +63,7 @@ def run(options: StreamOptions) -> None:
     Raises:
         ValueError, OSError: one clear line, before anything is written.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     seconds = _check_length(options)
     world = open_world(options.world, options.dtype, options.device, options.threads)
     if options.prompt is not None:
@@ -73,7 +73,7 @@ def run(options: StreamOptions) -> None:
         options.prompt, options.controls, options.seed, world.blocks_for(pictures),
         options.steps, options.cache, decoding=False,
     )  # fmt: skip
-    fps = options.fps or world.config.fps
+    fps = world.config.fps if options.fps is None else options.fps
     # A pipe gets the world's own pixels, a file what people can see.
     scale = options.scale or (1 if options.out == "-" else shown_scale(world))
     sink = open_sink(options.out, fps, scale)
@@ -87,7 +87,7 @@ def run(options: StreamOptions) -> None:
                 interrupted = True
     except SinkClosed:
         interrupted = True
-    _summary(console, world, options, tally, interrupted)
+    _summary(console, world, options, fps, tally, interrupted)
 
 
 def _pump(
@@ -138,15 +138,20 @@ def _tell_unknown_words(console: Console, world: World, prompt: str) -> None:
 
 
 def _summary(
-    console: Console, world: World, options: StreamOptions, tally: Tally, interrupted: bool
+    console: Console,
+    world: World,
+    options: StreamOptions,
+    fps: float,
+    tally: Tally,
+    interrupted: bool,
 ) -> None:
     if not tally.pictures:
         console.print("worldsim: stopped before the first picture; nothing was written")
         return
-    seconds = tally.pictures / (options.fps or world.config.fps)
+    seconds = tally.pictures / fps
     console.print(
         f"{'stopped: ' if interrupted else ''}{tally.pictures} pictures ({seconds:.1f} s) to "
         f"{options.out} · {tally.fps:.0f} fps · first picture {tally.first:.2f} s after loading · "
-        f"seed {options.seed} · {dtype_name(world.dtype)} · "
+        f"seed {options.seed} · {str(world.dtype).removeprefix("torch.")} · "
         f"context {world.pool.nbytes / 2**20:.1f} MiB"
     )

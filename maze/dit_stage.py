@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from worldsim.maze.actions import ACTIONS
@@ -17,8 +18,8 @@ from worldsim.maze.fitting import Rank
 from worldsim.maze.footage import Library, make_walks
 from worldsim.maze.recipe import Recipe
 from worldsim.maze.themes import Theme
+from worldsim.maze.two_copies import TwoCopies
 from worldsim.models.autoencoder import CausalAutoencoder, from_pictures
-from worldsim.models.context import ClipContext
 from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
 from worldsim.models.words import WordEncoder
 
@@ -56,13 +57,10 @@ class FlowMatching(nn.Module):
         conditioning = Conditioning(
             keys, values, prompt=batch["prompt"].repeat(1, 2), actions=batch["actions"].repeat(1, 2, 1)
         )
-        frames = torch.arange(clean.shape[2], device=clean.device).repeat(2)
         grid = self.dit.grid(*clean.shape[-2:])
-        context_view = ClipContext(
-            batch["visible"], frames, grid, self.dit.config.attention_head_dim
-        )
+        copies = TwoCopies(batch["seen"], grid, self.dit.config.attention_head_dim)
         timestep = 1000 * torch.cat((batch["context_told"], batch["sigma"]), dim=1)
-        flow = self.dit(both, timestep, conditioning, context_view)[:, :, clean.shape[2] :].float()
+        flow = self.dit(both, timestep, conditioning, copies)[:, :, clean.shape[2] :].float()
         error = (flow - (eps - clean)).square().mean(dim=(1, 3, 4))
         weight = batch["weight"]
         high = (batch["sigma"] > 0.75) & (weight > 0)
@@ -72,18 +70,11 @@ class FlowMatching(nn.Module):
         }
 
 
-def visibility(frames: int, window: np.ndarray) -> Tensor:
-    """Who sees whom, bool ``[B, 2F, 2F]`` over (clean copy, noisy copy).
-
-    ``window``: frames of context that each clip's frames have, int ``[B]``.
-    """
+def earlier_frames(frames: int, window: NDArray[np.int64]) -> Tensor:
+    """Which earlier frames each frame sees, bool ``[B, F, F]``: the ``window [B]`` before it."""
     index = torch.arange(frames)
     back = index[:, None] - index[None, :]
-    near = back[None] <= torch.from_numpy(window)[:, None, None]
-    seen = (back >= 0)[None] & near
-    own = torch.eye(frames, dtype=torch.bool).expand_as(seen)
-    nothing = torch.zeros_like(seen)
-    return torch.cat((torch.cat((seen, nothing), 2), torch.cat((seen & ~own, own), 2)), 1)
+    return (back > 0)[None] & (back[None] <= torch.from_numpy(window)[:, None, None])
 
 
 def clip_batches(
@@ -112,7 +103,7 @@ def clip_batches(
             "prompt": prompt,
             "weight": weight,
             **_noise_levels(recipe, random),
-            "visible": visibility(plan.frames, _windows(plan.batch, plan.frames, random)),
+            "seen": earlier_frames(plan.frames, _windows(plan.batch, plan.frames, random)),
         }
         moved = {key: value.to(rank.device) for key, value in out.items()}
         return {"latents": clean, "eps": eps, "context_eps": context_eps, **moved}
@@ -175,6 +166,6 @@ def _noise_levels(recipe: Recipe, random: np.random.Generator) -> dict[str, Tens
     return {key: torch.from_numpy(value).float() for key, value in levels.items()}
 
 
-def _windows(batch: int, frames: int, random: np.random.Generator) -> np.ndarray:
+def _windows(batch: int, frames: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Half of the clips see everything, the others a random number of frames back."""
     return np.where(random.random(batch) < 0.5, frames, random.integers(2, frames, batch))

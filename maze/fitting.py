@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from worldsim.maze.optim import Average, Optimiser
@@ -66,7 +67,8 @@ def fit(
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.csv"
     start = _load(checkpoint, module, optimiser, average, rank.device)
     trained = DistributedDataParallel(module) if rank.count > 1 else module
-    saved, sums, counted = time.monotonic(), {}, 0
+    sums: dict[str, Tensor | float] = {}
+    saved, counted = time.monotonic(), 0
     with _progress(rank.first) as progress:
         task = progress.add_task(name, total=plan.steps, completed=start, figures="")
         for step in range(start, plan.steps):
@@ -150,7 +152,7 @@ def launch(ranks: int, work: Callable[..., None], *args: object) -> None:
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ["MASTER_PORT"] = str(_free_port())
-    torch.multiprocessing.spawn(_joined, (ranks, work, args), nprocs=ranks)
+    spawn(_joined, (ranks, work, args), nprocs=ranks)
 
 
 def _joined(index: int, ranks: int, work: Callable[..., None], args: tuple[object, ...]) -> None:

@@ -1,12 +1,17 @@
 """Muon for matrices, AdamW for the rest, one learning-rate schedule, and averaged weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from worldsim.maze.recipe import Fit
 
 # Inputs, outputs and embeddings are no maps between hidden spaces: AdamW suits them better.
-NOT_HIDDEN = ("patch_embedding", "proj_out", "linear_1", "embedding", "encoder.0.", "decoder.0.")
+NOT_HIDDEN = (
+    "patch_embedding", "proj_out", "linear_1", "embedding", "scale_shift_table",
+    "encoder.0.", "decoder.0.",
+)  # fmt: skip
 
 
 class Optimiser:
@@ -44,10 +49,10 @@ class Optimiser:
         for p in self._all:
             p.grad = None
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, dict[str, Any]]:
         return {"muon": self._muon.state_dict(), "adam": self._adam.state_dict()}
 
-    def load_state_dict(self, state: dict[str, dict]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         self._muon.load_state_dict(state["muon"])
         self._adam.load_state_dict(state["adam"])
 

@@ -52,7 +52,7 @@ class Recipe:
     autoencoder_footage: Footage = field(default_factory=lambda: Footage(48, 40, 3, 120))
     widths: tuple[int, int, int] = (112, 80, 48)
     latent_noise: float = 0.05
-    dit: Fit = field(default_factory=lambda: Fit(steps=4800, batch=6, frames=12))
+    dit: Fit = field(default_factory=lambda: Fit(steps=3600, batch=6, frames=12))
     dit_footage: Footage = field(default_factory=lambda: Footage(32, 96, 3, 400))
     layers: int = 6
     heads: int = 4

@@ -1,5 +1,7 @@
 """`worldsim train maze`: pictures → autoencoder → latents → DiT → a folder that a world loads."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,18 +16,33 @@ from worldsim.maze.footage import make_walks
 from worldsim.maze.recipe import Recipe
 from worldsim.maze.report import draw_rollouts, plot_losses
 from worldsim.maze.themes import IGNORED, SYNONYMS, VOCABULARY
+from worldsim.models.attention import MATMUL, NATIVE
 from worldsim.models.autoencoder import CausalAutoencoder
 from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.words import WordEncoder
 from worldsim.world import World
 
+RECIPE = "recipe.json"
 WORLD = "world"  # the folder, beside the checkpoints, that a world loads
 
 
 def train(recipe: Recipe, folder: Path, device: str = "cpu", ranks: int = 1) -> None:
-    """Run or resume the whole recipe; weights, curves and sheets appear in ``folder``."""
+    """Run or resume the whole recipe; weights, curves and sheets appear in ``folder``.
+
+    Raises:
+        ValueError: if ``folder`` holds a run of another recipe.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder / RECIPE, {"ranks": ranks, **asdict(recipe)})
     launch(ranks, _train, ranks, recipe, folder, device)
+
+
+def _claim(path: Path, settings: dict[str, object]) -> None:
+    """Note the recipe of a new run; refuse to go on with a run of another one."""
+    wanted = json.dumps(settings, indent=2) + "\n"
+    if path.exists() and path.read_text() != wanted:
+        raise ValueError(f"{path.parent} holds a run of another recipe: give another --out")
+    path.write_text(wanted)
 
 
 def _train(index: int, ranks: int, recipe: Recipe, folder: Path, device: str) -> None:
@@ -87,6 +104,8 @@ def _dit(
         action_dim=ACTIONS.dim,
     )
     nn.init.zeros_(dit.proj_out.weight)
+    dit.set_attention_backend(MATMUL if rank.device == "cpu" else NATIVE)
     batch = clip_batches(recipe, rank, autoencoder, words)
     fit("dit", FlowMatching(dit, words), batch, recipe.dit, folder, rank)
+    dit.set_attention_backend(NATIVE)
     return dit.eval(), words.eval()

@@ -10,6 +10,7 @@ D = heads · head_dim, T text rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldsim.models.attention import attention
+from worldsim.models.attention import NATIVE, attention, check_backend
 from worldsim.models.context import Attends, Rows
 
 # float32 products of few rows round differently with thread and row count; a chunk of this many
@@ -68,6 +69,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = NATIVE
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
@@ -200,12 +202,12 @@ class Layer(nn.Module):
         q = self.attn2.queries(y)
         k, v = conditioning.text_keys[index], conditioning.text_values[index]
         if conditioning.prompt is None:
-            return self.attn2.out(attention(q, k, v))
+            return self.attn2.out(attention(q, k, v, backend=self.attn2.backend))
         # Frames with prompts of their own are rows of their own.
         rows = q.shape[0]
         which = conditioning.prompt.flatten()
         q = rearrange(q, "r h (f s) d -> (r f) h s d", f=frames)
-        y = attention(q, k[which], v[which])
+        y = attention(q, k[which], v[which], backend=self.attn2.backend)
         return self.attn2.out(rearrange(y, "(r f) h s d -> r h (f s) d", r=rows))
 
 
@@ -215,8 +217,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
     The config is that of diffusers' `WanTransformer3DModel`, plus ``action_dim`` (0: no actions).
     """
 
-    _keep_in_fp32_modules = ("time_embedder", "action_embedder", "scale_shift_table", "norm2")
-    _no_split_modules = ("Layer",)
+    # Lists, since diffusers' loader wants lists.
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "time_embedder", "action_embedder", "scale_shift_table", "norm2",
+    ]  # fmt: skip
+    _no_split_modules: ClassVar[list[str]] = ["Layer"]
     _supports_gradient_checkpointing = False
 
     @register_to_config
@@ -249,15 +254,21 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         if patch_size[0] != 1:
             raise ValueError(f"patch_size must start with 1 (one latent frame), got {patch_size}")
         dim = num_attention_heads * attention_head_dim
-        patch = tuple(patch_size)
+        _, patch_height, patch_width = patch_size
+        patch = (1, patch_height, patch_width)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, action_dim)
         self.blocks = nn.ModuleList(
             Layer(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
             for _ in range(num_layers)
         )
-        self.proj_out = nn.Linear(dim, out_channels * patch[1] * patch[2])
+        self.proj_out = nn.Linear(dim, out_channels * patch_height * patch_width)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The transformer layers; diffusers calls them blocks, a word that is taken here."""
+        return self.blocks  # type: ignore[return-value]  # a ModuleList does not say of what
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens of one latent frame of ``height × width`` latent pixels.
@@ -270,6 +281,12 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             raise ValueError(f"latent size {height}×{width} is not a multiple of patch {ph}×{pw}")
         return height // ph, width // pw
 
+    def set_attention_backend(self, backend: str) -> None:
+        """Kernel of the text attention; self-attention's is its context's own."""
+        name = check_backend(backend)
+        for layer in self.blocks:
+            layer.attn2.backend = name
+
     def encode_prompt(self, embeds: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Cross-attention K/V of prompts, once per prompt.
 
@@ -280,8 +297,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             keys and values, one ``[P, heads, T, head_dim]`` per layer.
         """
         text = self.condition_embedder.text_embedder(embeds)
-        keys = tuple(layer.attn2.keys(text) for layer in self.blocks)
-        return keys, tuple(layer.attn2.values(text) for layer in self.blocks)
+        keys = tuple(layer.attn2.keys(text) for layer in self.layers)
+        return keys, tuple(layer.attn2.values(text) for layer in self.layers)
 
     def forward(
         self,
@@ -302,7 +319,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             flow ``[R, C, F, H, W]``.
         """
         x, e, m, context = self._embed(latents, timestep, conditioning, contexts)
-        for index, layer in enumerate(self.blocks):
+        for index, layer in enumerate(self.layers):
             x = layer(x, m, index, conditioning, context, stage=False)
         shift, scale = (self.scale_shift_table + e[:, :, None]).unbind(2)
         x = self.proj_out(modulated_norm(x, shift, scale, self.config.eps))
@@ -321,8 +338,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         in `forward`.
         """
         x, _, m, context = self._embed(latents, timestep, conditioning, contexts)
-        last = len(self.blocks) - 1
-        for index, layer in enumerate(self.blocks):
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
             if index < last:
                 x = layer(x, m, index, conditioning, context, stage=True)
             else:

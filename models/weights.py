@@ -24,14 +24,17 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: the weights are incomplete")
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    config = _read_config(folder / CONFIG)
     if config.get("_class_name", kind.__name__) != kind.__name__:
         raise ValueError(f"{folder} holds a {config['_class_name']}, not a {kind.__name__}")
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); fetch it again") from None
-    model = kind.from_config(config)  # type: ignore[attr-defined]
+    try:
+        model = kind.from_config(config)  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise ValueError(f"{folder / CONFIG} does not fit {kind.__name__}: {error}") from None
     check_fit(model, tensors, folder)
     model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
     return cast(model.eval().requires_grad_(False), dtype)
@@ -73,6 +76,16 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
     return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return config
 
 
 def _first(names: list[str], shown: int = 4) -> str:

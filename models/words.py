@@ -47,6 +47,8 @@ class WordEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         self.words = tuple(words)
         meant = {word: word for word in words} | dict(synonyms or {})
+        if strays := sorted(set(meant.values()) - set(words)):
+            raise ValueError(f"synonyms of words that do not exist: {', '.join(strays)}")
         self._row = {word: 1 + self.words.index(canon) for word, canon in meant.items()}
         self._ignored = frozenset(ignored)
         self.length = length

@@ -168,7 +168,7 @@ class RawSink(FrameSink):
 
     def _add(self, frame: Frames) -> None:
         # not through sys.stdout: what it cannot deliver it would try again, and fail, at exit
-        rest = memoryview(frame).cast("B")
+        rest = frame.data.cast("B")
         while rest:
             rest = rest[os.write(self._descriptor, rest) :]
 

@@ -15,6 +15,7 @@ import av
 import av.filter
 from av.codec import Codec
 from av.codec.codec import UnknownCodecError
+from av.video.format import VideoFormat
 from av.video.stream import VideoStream
 
 from worldsim.streaming.sinks import Frames, FrameSink, check_writable
@@ -111,7 +112,7 @@ class VideoSink(FrameSink):
         picture.pts, picture.time_base = self._count, 1 / self._rate
         if self._palette is not None:
             self._palette.push(picture)
-            picture = self._palette.pull()
+            picture = self._palette.vpull()
         self._container.mux(self._stream.encode(picture))
         self._count += 1
 
@@ -170,7 +171,9 @@ class FragmentFile:
 def palette_graph(height: int, width: int, time_base: Fraction) -> av.filter.Graph:
     """A filter from rgb24 to pal8 pictures of this size, each with the best 256 colours for it."""
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=time_base)
+    source = graph.add_buffer(
+        width=width, height=height, format=VideoFormat("rgb24"), time_base=time_base
+    )
     split = graph.add("split")
     choose = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
     paint = graph.add("paletteuse", "new=1:dither=none")

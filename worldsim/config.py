@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,12 @@ class WorldConfig:
 
     def schedule(self, steps: int | None = None) -> Schedule:
         """The world's schedule, or the same with another number of steps."""
-        return Schedule.uniform(steps or self.steps, self.shift, self.context_timestep)
+        count = self.steps if steps is None else steps
+        return Schedule.uniform(count, self.shift, self.context_timestep)
 
     def cache_config(self, line: str | None = None) -> CacheConfig:
         """The world's cache, or the one that ``line`` describes."""
-        return CacheConfig.parse(line or self.cache, self.block_frames)
+        return CacheConfig.parse(self.cache if line is None else line, self.block_frames)
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -102,12 +103,16 @@ class Settings:
         schedule: when and at which levels blocks are denoised.
         cache: what the context keeps.
         sampler: see `WorldConfig`.
+        dtype: in which the models compute.
+        attention: the attention kernel.
     """
 
     seed: int
     schedule: Schedule
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    sampler: str = "renoise"
+    cache: CacheConfig
+    sampler: str
+    dtype: str
+    attention: str
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:

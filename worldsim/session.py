@@ -82,7 +82,7 @@ class Session:
         pages = Context.pages_needed(settings.cache, config.block_frames)
         world.pool.reserve(pages)
         self.context = Context(world.pool, settings.cache)
-        self.view = ContextView(self.context, config.block_frames, world.grid, world.attention)
+        self.view = ContextView(self.context, config.block_frames, world.grid, settings.attention)
         self._pending: _Pending | None = None
         world.text(prompt)  # a prompt that cannot be read is told now
 
@@ -114,9 +114,9 @@ class Session:
         """
         timings = {"commit": _timed(self.settle)}
         frames = self.world.config.block_frames
-        applied = Applied(tuple(keys) if keys is not None else (self.held,) * frames, self.prompt)
-        if len(applied.keys) != frames:
-            raise ValueError(f"a block has {frames} latent frames, got keys for {len(applied.keys)}")
+        if keys is None:  # the very first latent frame is a single picture, which nothing moves
+            keys = [self.held if self.frame + i else IDLE for i in range(frames)]
+        applied = self._applied(keys)
         began = time.perf_counter()
         conditioning, pose = self._conditioning(applied)
         self.view.prepare(self.frame, frames)
@@ -145,7 +145,7 @@ class Session:
             raise ValueError(
                 f"a given block must have shape {self.world.latent_shape}, got {tuple(latents.shape)}"
             )
-        applied = Applied(tuple(keys) if keys is not None else (IDLE,) * frames, self.prompt)
+        applied = self._applied((IDLE,) * frames if keys is None else keys)
         conditioning, pose = self._conditioning(applied)
         self.view.prepare(self.frame, frames)
         block = Block(self.block, self.frame, latents.to(self.world.device).float(), applied)
@@ -193,6 +193,13 @@ class Session:
         self.pose = pose
         self.block += 1
         self.frame += block.latents.shape[2]
+
+    def _applied(self, keys: Sequence[Keys]) -> Applied:
+        """The receipt of a block under ``keys``; aliases are resolved, unknown keys refused."""
+        frames = self.world.config.block_frames
+        if len(keys) != frames:
+            raise ValueError(f"a block has {frames} latent frames, got keys for {len(keys)}")
+        return Applied(tuple(map(self.world.actions.resolve, keys)), self.prompt)
 
     def _conditioning(self, applied: Applied) -> tuple[Conditioning, NDArray[np.float64]]:
         """The tensors that controls become, and the pose after them."""

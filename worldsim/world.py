@@ -4,44 +4,36 @@ A world folder holds ``world.json`` and three diffusers folders: ``transformer``
 ``text_encoder``. Weights, the page pool and encoded prompts are shared by all sessions.
 """
 
-import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track as progress_track
 from torch import Tensor
 
+from worldsim.bundle import auto_dtype, check_device, locate
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
 from worldsim.controls import IDLE, ActionSpec, Keys, parse_prompts
-from worldsim.models.attention import NATIVE, check_backend
+from worldsim.models.attention import NATIVE
 from worldsim.models.autoencoder import GROUP, Carry, CausalAutoencoder
 from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.weights import cast, load_model
 from worldsim.models.words import WordEncoder
+from worldsim.output import OUTPUTS, WorldOutput, as_output
 from worldsim.rollout import OnStep
 from worldsim.schedule import Cell
 from worldsim.session import Block, Session, decode
 
-BUNDLED = "maze"
 TRANSFORMER, DECODER, TEXT = "transformer", "vae", "text_encoder"
 PROMPTS_KEPT = 32
-OUTPUTS = ("np", "pil", "pt", "latent")
 
 TextRows = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 OnStepEnd = Callable[["World", int, float, dict[str, Any]], Any]
-
-
-@dataclass
-class WorldOutput:
-    """What calling a world returns; ``frames`` is one entry for each video, as in diffusers."""
-
-    frames: Any
 
 
 class World:
@@ -68,37 +60,51 @@ class World:
         self._texts: OrderedDict[str, TextRows] = OrderedDict()
         height, width = autoencoder.latent_size(config.height, config.width)
         self.grid = transformer.grid(height, width)
-        channels = transformer.config.in_channels
-        self.latent_shape = (1, channels, config.block_frames, height, width)
-        if config.actions is not None and config.actions.dim != transformer.config.action_dim:
-            raise ValueError(
-                f"world {config.name!r}: its controls make vectors of {config.actions.dim}, but the "
-                f"transformer takes {transformer.config.action_dim}"
-            )
+        takes = transformer.config
+        self.latent_shape = (1, takes.in_channels, config.block_frames, height, width)
+        parts = {
+            "channels of a latent": (autoencoder.config.latent_channels, takes.in_channels),
+            "width of a word": (text_encoder.config.text_dim, takes.text_dim),
+        }
+        if config.actions is not None:
+            parts["length of an action"] = (config.actions.dim, takes.action_dim)
+        for what, (given, taken) in parts.items():
+            if given != taken:
+                raise ValueError(
+                    f"world {config.name!r}: the {what} is {given}, but the transformer takes {taken}"
+                )
 
     # --- loading and saving -------------------------------------------------------------------
     @classmethod
-    def from_pretrained(cls, source: str | Path, torch_dtype: torch.dtype | str = "auto") -> "World":
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        torch_dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+    ) -> "World":
         """Load the bundled world (``"maze"``), a world folder, or a hub id.
 
         Args:
             source: name, path or hub id.
-            torch_dtype: a dtype, or ``"auto"``: bfloat16 where the processor computes in it.
+            torch_dtype: a dtype, or ``"auto"``: bfloat16 where the device computes in it.
+            device: where to put it.
 
         Raises:
             ValueError: an unknown name, an incomplete folder, damaged weights.
         """
-        folder = _locate(str(source))
+        place = check_device(device)
+        folder = locate(str(source))
         config = WorldConfig.load(folder)
-        dtype = auto_dtype() if torch_dtype == "auto" else torch_dtype
+        dtype = auto_dtype(place) if torch_dtype == "auto" else torch_dtype
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"torch_dtype must be a torch dtype or 'auto', got {torch_dtype!r}")
-        return cls(
+        world = cls(
             config,
             load_model(CausalWanTransformer3DModel, folder / TRANSFORMER, dtype),
             load_model(CausalAutoencoder, folder / DECODER, dtype),
             load_model(WordEncoder, folder / TEXT, dtype),
         )
+        return world if place.type == "cpu" else world.to(place)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` reads."""
@@ -118,7 +124,7 @@ class World:
             if isinstance(target, torch.dtype):
                 self.dtype = target
             else:
-                self.device = _device(target)
+                self.device = check_device(target)
         for model in self._models().values():
             cast(model, self.dtype)
             torch.nn.Module.to(model, self.device)
@@ -131,10 +137,10 @@ class World:
         head_dim = self.transformer.config.attention_head_dim
         self.attention = check_backend(name, self.device, self.dtype, head_dim)
 
-    def compile(self) -> None:
-        """Compile the denoise and commit passes with `torch.compile`, each once."""
-        self.forward = torch.compile(self.transformer, fullgraph=True)
-        self.commit = torch.compile(self.transformer.commit, fullgraph=True)
+    def compile(self, **options: Any) -> None:
+        """Compile the denoise and commit passes, each once; ``options`` go to `torch.compile`."""
+        self.forward = torch.compile(self.transformer, fullgraph=True, **options)
+        self.commit = torch.compile(self.transformer.commit, fullgraph=True, **options)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """``disable=True`` turns the progress bar of a call off."""
@@ -202,7 +208,12 @@ class World:
             cache: a cache line, see `CacheConfig.parse`, None for the world's own.
         """
         settings = Settings(
-            seed, self.config.schedule(steps), self.config.cache_config(cache), self.config.sampler
+            seed=seed,
+            schedule=self.config.schedule(steps),
+            cache=self.config.cache_config(cache),
+            sampler=self.config.sampler,
+            dtype=str(self.dtype).removeprefix("torch."),
+            attention=self.attention,
         )
         return Session(self, settings, self.config.prompt if prompt is None else prompt)
 
@@ -234,6 +245,8 @@ class World:
         segments = parse_prompts(self.config.prompt if prompt is None else prompt, self.latents_per_second)
         for segment in segments:
             self.text_encoder.read(segment.prompt)
+        if any(segment.cut for segment in segments):
+            raise ValueError("prompt: scene cuts (#) are not there yet; leave out the '#'")
         track = self._track(controls)
         session = self.session(segments[0].prompt, seed, steps, cache)
         return self._blocks(session, segments, track, blocks, decoding, on_step)
@@ -266,7 +279,10 @@ class World:
         """Held keys by absolute latent frame."""
         own = controls is None
         script = self.config.controls if controls is None else controls
-        keys = self.actions.parse(script) if isinstance(script, str) else tuple(script)
+        if isinstance(script, str):
+            keys = self.actions.parse(script)
+        else:
+            keys = tuple(self.actions.resolve(held) for held in script)
 
         def held(frame: int) -> Keys:
             if frame == 0 or not keys:
@@ -324,66 +340,12 @@ class World:
             prompt, controls, seed, count, num_inference_steps, cache,
             decoding=output_type != "latent", on_step=on_step,
         )  # fmt: skip
-        made = list(
-            progress_track(
-                blocks, "blocks", total=count, disable=bool(self._progress.get("disable"))
-            )
-        )
+        hidden = bool(self._progress.get("disable"))
+        console = Console(stderr=True)
+        made = list(progress_track(blocks, "blocks", count, console=console, disable=hidden))
         if output_type == "latent":
             return WorldOutput(torch.cat([block.latents for block in made], dim=2))
-        return WorldOutput(_as_output(np.concatenate([b.frames for b in made])[:num_frames], output_type))
+        return WorldOutput(as_output(np.concatenate([b.frames for b in made])[:num_frames], output_type))
 
     def _models(self) -> Mapping[str, Any]:
         return {TRANSFORMER: self.transformer, DECODER: self.autoencoder, TEXT: self.text_encoder}
-
-
-def auto_dtype() -> torch.dtype:
-    """bfloat16 where the processor has instructions for it, else float32; never by a timing."""
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has = (getattr(torch.cpu, name, bool)() for name in _BF16_CHECKS)
-    return torch.bfloat16 if any(has) else torch.float32
-
-
-_BF16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-
-
-def _locate(source: str) -> Path:
-    if source == BUNDLED:
-        spec = importlib.util.find_spec("worldsim.maze")
-        assert spec is not None and spec.submodule_search_locations is not None
-        return Path(next(iter(spec.submodule_search_locations))) / "weights"
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return _download(source)
-    raise ValueError(f"no world {source!r}: give {BUNDLED!r}, a world folder, or a hub id (owner/name)")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no world {hub_id!r}: no such folder, and the hub says: {reason}") from None
-
-
-def _device(name: torch.device | str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: use 'cpu'")
-    return device
-
-
-def _as_output(frames: np.ndarray, output_type: str) -> Any:
-    if output_type == "pil":
-        from PIL import Image
-
-        return [[Image.fromarray(frame) for frame in frames]]
-    scaled = frames.astype(np.float32)[None] / 255
-    if output_type == "pt":
-        return torch.from_numpy(scaled).permute(0, 1, 4, 2, 3)
-    return scaled

@@ -1,0 +1,60 @@
+"""Where a world's folder is, and in which dtype it is loaded."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+BUNDLED = "maze"
+_BF16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it, else float32; never by a timing."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has = (getattr(torch.cpu, name, bool)() for name in _BF16_CHECKS)
+    return torch.bfloat16 if any(has) else torch.float32
+
+
+def locate(source: str) -> Path:
+    """Folder of the bundled world, of a path, or of a hub id (downloaded).
+
+    Raises:
+        ValueError: saying what would be accepted.
+    """
+    if source == BUNDLED:
+        spec = importlib.util.find_spec("worldsim.maze")
+        assert spec is not None and spec.submodule_search_locations is not None
+        return Path(next(iter(spec.submodule_search_locations))) / "weights"
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return _download(source)
+    raise ValueError(f"no world {source!r}: give {BUNDLED!r}, a world folder, or a hub id (owner/name)")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no world {hub_id!r}: no such folder, and the hub says: {reason}") from None
+
+
+def check_device(name: torch.device | str) -> torch.device:
+    """The device, if this machine has it.
+
+    Raises:
+        ValueError: where it has not.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {str(name)!r}: use 'cpu' or 'cuda'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: use 'cpu'")
+    return device
