@@ -149,9 +149,10 @@ def _summary(
         console.print("worldsim: stopped before the first picture; nothing was written")
         return
     seconds = tally.pictures / fps
+    dtype = str(world.dtype).removeprefix("torch.")
     console.print(
         f"{'stopped: ' if interrupted else ''}{tally.pictures} pictures ({seconds:.1f} s) to "
         f"{options.out} · {tally.fps:.0f} fps · first picture {tally.first:.2f} s after loading · "
-        f"seed {options.seed} · {str(world.dtype).removeprefix("torch.")} · "
+        f"seed {options.seed} · {dtype} · "
         f"context {world.pool.nbytes / 2**20:.1f} MiB"
     )

@@ -283,9 +283,10 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
 
     def set_attention_backend(self, backend: str) -> None:
         """Kernel of the text attention; self-attention's is its context's own."""
-        name = check_backend(backend)
-        for layer in self.blocks:
-            layer.attn2.backend = name
+        dtype = self.proj_out.weight.dtype
+        check_backend(backend, self.device, dtype, self.config.attention_head_dim)
+        for layer in self.layers:
+            layer.attn2.backend = backend
 
     def encode_prompt(self, embeds: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Cross-attention K/V of prompts, once per prompt.

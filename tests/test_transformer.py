@@ -361,6 +361,24 @@ def test_configs_that_are_not_ours_are_refused() -> None:
         tiny().grid(5, 6)
 
 
+# --- kernels ----------------------------------------------------------------------------------
+def test_a_world_runs_on_another_kernel(make_world: Callable[..., World]) -> None:
+    world = make_world(steps=2)
+
+    def latents() -> Tensor:
+        blocks = world.stream("red brick", blocks=3, decoding=False)
+        return torch.cat([block.latents for block in blocks], dim=2)
+
+    native = latents()
+    with pytest.raises(ValueError, match="unknown attention backend 'fast'"):
+        world.set_attention_backend("fast")
+    assert world.attention == "native"
+    world.set_attention_backend("_native_math")
+    kernels = {layer.attn2.backend for layer in world.transformer.layers}
+    assert kernels == {world.attention} == {"_native_math"}
+    assert (latents() - native).abs().max() <= 1e-5 * native.std()
+
+
 # --- compilation ------------------------------------------------------------------------------
 class Counting:
     """A `torch.compile` backend that counts; the graphs run eagerly after functionalisation.

@@ -134,8 +134,8 @@ class World:
 
     def set_attention_backend(self, name: str) -> None:
         """Choose the attention kernel of sessions opened from now on; ``native`` needs nothing."""
-        head_dim = self.transformer.config.attention_head_dim
-        self.attention = check_backend(name, self.device, self.dtype, head_dim)
+        self.transformer.set_attention_backend(name)
+        self.attention = name
 
     def compile(self, **options: Any) -> None:
         """Compile the denoise and commit passes, each once; ``options`` go to `torch.compile`."""
