@@ -51,7 +51,9 @@ def run(options: BenchOptions) -> None:
         check_writable(options.json)
     world = open_world(options.world, options.dtype, options.device, options.threads)
     figures = measure(world, options)
-    rows = [[part, f"{figures['ms'][part]:.2f}", f"{figures['ms_p95'][part]:.2f}"] for part in PARTS]
+    rows = [
+        [part, f"{figures['ms'][part]:.2f}", f"{figures['ms_p95'][part]:.2f}"] for part in PARTS
+    ]
     print_table("ms per block, one part after the other", ("part", "median", "p95"), rows)
     print_table(
         "end to end",
@@ -73,7 +75,10 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
     ms = {part: [1e3 * block.timings[part] for block in blocks] for part in PARTS}
     pictures = blocks[0].frames.shape[0]
     total = sum(statistics.median(times) for times in ms.values())
-    settings = {"steps": options.steps or world.config.steps, "cache": options.cache or world.config.cache}
+    settings = {
+        "steps": options.steps or world.config.steps,
+        "cache": options.cache or world.config.cache,
+    }
     return {
         "world": world.config.name,
         "size": [world.config.height, world.config.width],
@@ -97,14 +102,16 @@ def _serial(world: World, options: BenchOptions) -> list[Block]:
     """Blocks of a stream whose parts run one after the other, so that each can be timed alone."""
     count = WARM_UP + options.blocks
     made = []
-    with tempfile.TemporaryDirectory() as folder:
-        with open_sink(Path(folder, "bench.mp4"), world.config.fps, shown_scale(world)) as sink:
-            stream = world.stream(blocks=count, steps=options.steps, cache=options.cache)
-            for block in track(stream, "parts", total=count, console=Console(stderr=True)):
-                began = time.perf_counter()
-                sink.write(block.frames)
-                block.timings["encode"] = time.perf_counter() - began
-                made.append(block)
+    stream = world.stream(blocks=count, steps=options.steps, cache=options.cache)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_sink(Path(folder, "bench.mp4"), world.config.fps, shown_scale(world)) as sink,
+    ):
+        for block in track(stream, "parts", total=count, console=Console(stderr=True)):
+            began = time.perf_counter()
+            sink.write(block.frames)
+            block.timings["encode"] = time.perf_counter() - began
+            made.append(block)
     return made[WARM_UP:]
 
 
@@ -116,9 +123,7 @@ def _overlapped(world: World, options: BenchOptions) -> float:
         sink = open_sink(Path(folder, "bench.mp4"), world.config.fps, shown_scale(world))
         with Writer(sink) as writer:
             blocks = prefetch(
-                world.stream(
-                    blocks=count, steps=options.steps, cache=options.cache, decoding=False
-                )
+                world.stream(blocks=count, steps=options.steps, cache=options.cache, decoding=False)
             )
             for i, block in enumerate(world.decoded(blocks)):
                 writer.write(block.frames)
@@ -131,7 +136,8 @@ def _overlapped(world: World, options: BenchOptions) -> float:
 
 def _first_picture(options: BenchOptions) -> float:
     """Seconds from starting a process to the first byte of its first picture; best of three."""
-    command = [str(Path(sysconfig.get_path("scripts"), "worldsim")), "stream", "-", "--seconds", "0.5"]
+    script = Path(sysconfig.get_path("scripts"), "worldsim")
+    command = [str(script), "stream", "-", "--seconds", "0.5"]
     command += ["--world", options.world, "--dtype", options.dtype, "--device", options.device]
     return min(_until_first_byte(command) for _ in range(3))
 

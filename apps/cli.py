@@ -1,8 +1,11 @@
 """The command line. Each command lives in its own module and is loaded when it is called."""
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,12 +19,12 @@ app = typer.Typer(
 
 Seed = Annotated[int, typer.Option(help="Names the noise; the same seed gives the same world.")]
 WorldName = Annotated[str, typer.Option(help="'maze', a world folder, or a hub id.")]
-Steps = Annotated[Optional[int], typer.Option(help="Denoising steps of a block.")]
-Cache = Annotated[
-    Optional[str], typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")
-]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps of a block.")]
+Cache = Annotated[str | None, typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Threads = Annotated[Optional[int], typer.Option(help="Threads of one stage; default: all cores.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of one stage; default: as torch has it, all cores.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
@@ -35,19 +38,19 @@ def stream(
     ],
     world: WorldName = "maze",
     prompt: Annotated[
-        Optional[str], typer.Option(help="Plain words; over time: 'red brick[4s] | night[4s]'.")
+        str | None, typer.Option(help="Plain words; over time: 'red brick[4s] | night[4s]'.")
     ] = None,
     controls: Annotated[
-        Optional[str], typer.Option(help="Script of held keys per latent frame, e.g. 'W*12 WJ*4'.")
+        str | None, typer.Option(help="Script of held keys per latent frame, e.g. 'W*12 WJ*4'.")
     ] = None,
     seconds: Annotated[
-        Optional[float], typer.Option(help="Length; default: the script, else 20 seconds.")
+        float | None, typer.Option(help="Length; default: the script, else 20 seconds.")
     ] = None,
     seed: Seed = 0,
     steps: Steps = None,
     cache: Cache = None,
     fps: Annotated[
-        Optional[float], typer.Option(help="Playing speed; default: the world's own.")
+        float | None, typer.Option(help="Playing speed; default: the world's own.")
     ] = None,
     scale: Annotated[int, typer.Option(help="Enlarge every pixel; default: up to 256 lines.")] = 0,
     dtype: Dtype = "auto",
@@ -55,7 +58,8 @@ def stream(
     threads: Threads = None,
 ) -> None:
     """Walk through a world and write what one sees, as it is made."""
-    from worldsim.apps.stream import StreamOptions, run
+    with _loading():
+        from worldsim.apps.stream import StreamOptions, run
 
     run(
         StreamOptions(
@@ -74,26 +78,32 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     threads: Threads = None,
-    json: Annotated[Optional[Path], typer.Option(help="Also write the figures here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
 ) -> None:
     """Time a world by part: denoise, commit, decode, encode; first frame; memory."""
-    from worldsim.apps.bench import BenchOptions, run
+    with _loading():
+        from worldsim.apps.bench import BenchOptions, run
 
     run(BenchOptions(world, blocks, steps, cache, dtype, device, threads, json))
 
 
-@app.command(epilog="Examples:  worldsim train maze --ranks 2  ·  worldsim train maze --device cuda")
+@app.command(
+    epilog="Examples:  worldsim train maze --ranks 2  ·  worldsim train maze --device cuda"
+)
 def train(
     what: Annotated[str, typer.Argument(help="The recipe: maze.")],
-    out: Annotated[Path, typer.Option(help="Folder for weights, curves, sheets.")] = Path("runs/maze"),
+    out: Annotated[Path, typer.Option(help="Folder for weights, curves, sheets.")] = Path(
+        "runs/maze"
+    ),
     preset: Annotated[
-        Optional[str], typer.Option(help="cpu, gpu or tiny; default: by the device.")
+        str | None, typer.Option(help="cpu, gpu or tiny; default: by the device.")
     ] = None,
     device: Device = "cpu",
     ranks: Annotated[int, typer.Option(help="Processes of one thread each (CPU).")] = 1,
 ) -> None:
     """Train a world from nothing; run again to resume."""
-    from worldsim.apps.train import run
+    with _loading():
+        from worldsim.apps.train import run
 
     run(what, out, preset, device, ranks)
 
@@ -107,11 +117,12 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     threads: Threads = None,
-    sheet: Annotated[Optional[Path], typer.Option(help="Contact sheet, true above generated.")] = None,
-    json: Annotated[Optional[Path], typer.Option(help="Also write the figures here.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Contact sheet, true above generated.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
 ) -> None:
     """Score the maze world against its simulator, on maps that training never saw."""
-    from worldsim.apps.evaluate import EvaluateOptions, run
+    with _loading():
+        from worldsim.apps.evaluate import EvaluateOptions, run
 
     run(EvaluateOptions(world, states, steps, cache, dtype, device, threads, sheet, json))
 
@@ -126,9 +137,23 @@ def sheet(
     width: Annotated[int, typer.Option(help="Picture width.")] = 64,
 ) -> None:
     """Look at the maze simulator itself: one walk a row, one theme each."""
-    from worldsim.apps.sheet import run
+    with _loading():
+        from worldsim.apps.sheet import run
 
     run(out, seed, rows, seconds, height, width)
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Import without collecting garbage: what torch makes while it loads stays for good, and
+    walking through it again and again is a sixth of the time until the first picture.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def main() -> None:

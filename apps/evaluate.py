@@ -51,7 +51,9 @@ def run(options: EvaluateOptions) -> None:
             check_writable(path)
     world = open_world(options.world, options.dtype, options.device, options.threads)
     if world.config.name != "maze":
-        raise ValueError(f"only the maze has a simulator to score against, not {world.config.name!r}")
+        raise ValueError(
+            f"only the maze has a simulator to score against, not {world.config.name!r}"
+        )
     figures = evaluate(world, options)
     rows = [
         [name, f"{value['mean']:.2f} ± {value['ci95']:.2f}", value["unit"]]
@@ -69,7 +71,12 @@ def evaluate(world: World, options: EvaluateOptions) -> dict[str, Any]:
     def open_session(prompt: str, seed: int) -> Session:
         return world.session(prompt, seed, options.steps, options.cache)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
 
         def note(name: str, total: int) -> scores.Note:
@@ -78,7 +85,9 @@ def evaluate(world: World, options: EvaluateOptions) -> dict[str, Any]:
 
         truth = held_out(states, GIVEN + scores.SECOND * SECONDS, size)
         ceiling = scores.reconstruction(world, truth, note("autoencoder", states))
-        model, frozen, clips = scores.rollouts(open_session, truth, SECONDS, note("rollout", states))
+        model, frozen, clips = scores.rollouts(
+            open_session, truth, SECONDS, note("rollout", states)
+        )
         if options.sheet is not None:
             _sheet(options.sheet, truth, clips)
         forks = scores.control_following(

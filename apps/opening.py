@@ -1,7 +1,5 @@
 """Opening a world the way the command line asks for it."""
 
-import os
-
 import torch
 
 from worldsim.world import World
@@ -20,7 +18,8 @@ def open_world(name: str, dtype: str, device: str, threads: int | None) -> World
         raise ValueError(f"unknown dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     if threads is not None and not 1 <= threads <= 1024:
         raise ValueError(f"threads must be 1 or more, got {threads}")
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if threads is not None:  # else torch's own choice: it heeds OMP_NUM_THREADS and pinning
+        torch.set_num_threads(threads)
     return World.from_pretrained(name, DTYPES.get(dtype, "auto"), device)
 
 

@@ -46,7 +46,7 @@ class Tally:
     pictures: int = 0
     first: float = 0.0
 
-    def add(self, block: Block, pictures: int) -> None:
+    def add(self, pictures: int) -> None:
         self.blocks += 1
         self.pictures += pictures
         if self.blocks == 1:
@@ -108,7 +108,7 @@ def _pump(
         for block in world.decoded(ahead):
             frames = block.frames[: pictures - tally.pictures]
             writer.write(frames)
-            tally.add(block, len(frames))
+            tally.add(len(frames))
             figures = (
                 f"{tally.fps:.0f} fps · denoise {1e3 * block.timings['denoise']:.1f} ms · "
                 f"decode {1e3 * block.timings['decode']:.1f} ms"

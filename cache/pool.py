@@ -31,6 +31,7 @@ class PagePool:
         self._slabs: list[Tensor] = []
         self._pages: list[Tensor] = []
         self._count: list[int] = []
+        self._writes: list[int] = []
         self._free: list[int] = []
 
     @property
@@ -67,6 +68,7 @@ class PagePool:
             self._free.append(len(self._pages))
             self._pages.append(page)
             self._count.append(0)
+            self._writes.append(0)
 
     def acquire(self) -> int:
         """Take a free page (one reference). Grows the pool only where nobody reserved enough."""
@@ -74,7 +76,12 @@ class PagePool:
             self.reserve(1)
         page = self._free.pop()
         self._count[page] = 1
+        self._writes[page] += 1
         return page
+
+    def version(self, page: int) -> tuple[int, int]:
+        """Names what a page holds: it changes when the page is recycled, so copies can tell."""
+        return page, self._writes[page]
 
     def retain(self, page: int) -> None:
         """Add a reference to a page in use."""

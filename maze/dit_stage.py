@@ -31,7 +31,7 @@ FORGOTTEN_WORDS = 0.15  # chance of each word of a prompt to be left out
 
 @dataclass(frozen=True)
 class LatentWalks:
-    """Encoded walks: latents ``[B, N, C, h, w]`` half, actions ``[B, N, A]``, themes ``[B, N, 4]``."""
+    """Encoded walks: latents ``[B, N, C, h, w]``, actions ``[B, N, A]``, themes ``[B, N, 4]``."""
 
     latents: Tensor
     actions: Tensor
@@ -55,7 +55,10 @@ class FlowMatching(nn.Module):
         both = torch.cat((context, noisy), dim=2)
         keys, values = self.dit.encode_prompt(self.words(batch["ids"]))
         conditioning = Conditioning(
-            keys, values, prompt=batch["prompt"].repeat(1, 2), actions=batch["actions"].repeat(1, 2, 1)
+            keys,
+            values,
+            prompt=batch["prompt"].repeat(1, 2),
+            actions=batch["actions"].repeat(1, 2, 1),
         )
         grid = self.dit.grid(*clean.shape[-2:])
         copies = TwoCopies(batch["seen"], grid, self.dit.config.attention_head_dim)
@@ -87,14 +90,18 @@ def clip_batches(
     def batch(step: int) -> dict[str, Tensor]:
         random = np.random.default_rng((recipe.seed, 4, rank.index, step))
         held = library.at(step)
-        drawn = [_clip(held[random.integers(len(held))], plan.frames, random) for _ in range(plan.batch)]
+        drawn = [
+            _clip(held[random.integers(len(held))], plan.frames, random) for _ in range(plan.batch)
+        ]
         latents, actions, themes, from_start = zip(*drawn, strict=True)
         clean = torch.stack(latents).float().transpose(1, 2)
         generator = torch.Generator(clean.device).manual_seed(int(random.integers(2**62)))
         eps, context_eps = (
             torch.randn(clean.shape, generator=generator, device=clean.device) for _ in range(2)
         )
-        ids, prompt = _prompts(torch.stack(themes), words, random)
+        ids, prompt = _prompts(
+            torch.stack(themes), words, step >= recipe.open_prompts_from, random
+        )
         weight = torch.ones(plan.batch, plan.frames)
         weight[~torch.tensor(from_start), 0] = 0.0  # nothing leads up to that frame
         out = {
@@ -116,7 +123,9 @@ def encode_walks(
 ) -> LatentWalks:
     """One batch of training walks as the model sees them."""
     footage = recipe.dit_footage
-    walks = make_walks(footage.maps, footage.frames, (recipe.seed, 3, rank.index, number), rank.device)
+    walks = make_walks(
+        footage.maps, footage.frames, (recipe.seed, 3, rank.index, number), rank.device
+    )
     latents = []
     with torch.inference_mode(), torch.autocast(rank.device, torch.bfloat16):
         for row in range(0, footage.maps, 4):
@@ -139,16 +148,23 @@ def _clip(
 
 
 def _prompts(
-    themes: Tensor, words: WordEncoder, random: np.random.Generator
+    themes: Tensor, words: WordEncoder, open_ended: bool, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Row numbers of two prompts a clip ``[2B, T]``, and which of them each frame reads ``[B, F]``."""
+    """Row numbers of two prompts a clip ``[2B, T]``, and which one each frame reads ``[B, F]``.
+
+    ``open_ended``: half of the prompts lose any share of their words, down to none, so that a
+    prompt may leave things open; else each word is lost now and then.
+    """
     changed = (themes != themes[:, :1]).any(-1)
     ids = []
     for clip in themes:
         for theme in (clip[0], clip[-1]):
-            said = [w for w in Theme.from_indices(tuple(theme.tolist())).words()]
+            said = list(Theme.from_indices(tuple(theme.tolist())).words())
             random.shuffle(said)
-            kept = [word for word in said if random.random() >= FORGOTTEN_WORDS]
+            share = FORGOTTEN_WORDS
+            if open_ended:
+                share = random.random() if random.random() < 0.5 else 0.0
+            kept = [word for word in said if random.random() >= share]
             ids.append(words.ids(" ".join(kept)))
     which = 2 * torch.arange(len(themes))[:, None] + changed.long()
     return torch.stack(ids), which

@@ -66,6 +66,8 @@ def fit(
     optimiser, average = Optimiser(module, plan), Average(module, plan.ema)
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.csv"
     start = _load(checkpoint, module, optimiser, average, rank.device)
+    if rank.first:
+        _cut_log(log, start)
     trained = DistributedDataParallel(module) if rank.count > 1 else module
     sums: dict[str, Tensor | float] = {}
     saved, counted = time.monotonic(), 0
@@ -111,9 +113,7 @@ def _load(
     return state["step"]
 
 
-def _save(
-    path: Path, step: int, module: nn.Module, optimiser: Optimiser, average: Average
-) -> None:
+def _save(path: Path, step: int, module: nn.Module, optimiser: Optimiser, average: Average) -> None:
     state = {
         "step": step,
         "module": dict(module.named_parameters()),
@@ -130,6 +130,16 @@ def _write_log(path: Path, step: int, means: Mapping[str, float]) -> None:
         path.write_text("step," + ",".join(means) + "\n")
     with path.open("a") as file:
         file.write(f"{step}," + ",".join(f"{value:.6f}" for value in means.values()) + "\n")
+
+
+def _cut_log(path: Path, start: int) -> None:
+    """Forget what was logged after the checkpoint that training goes on from."""
+    if path.exists():
+        head, *rows = path.read_text().splitlines(keepends=True)
+        kept = [row for row in rows if int(row.split(",")[0]) <= start]
+        path.unlink()
+        if kept:
+            path.write_text("".join([head, *kept]))
 
 
 def _progress(visible: bool) -> Progress:

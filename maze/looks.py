@@ -1,4 +1,4 @@
-"""Which theme does a clip show? A nearest-centroid reading of its colours, checked on true clips."""
+"""Which theme a clip shows: a nearest-centroid reading of its colours, checked on true clips."""
 
 from dataclasses import dataclass
 

@@ -62,7 +62,9 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.values: dict[str, Tensor] = {n: p.detach().clone() for n, p in module.named_parameters()}
+        self.values: dict[str, Tensor] = {
+            n: p.detach().clone() for n, p in module.named_parameters()
+        }
 
     def update(self, module: nn.Module, step: int) -> None:
         keep = min(self.decay, (1 + step) / (10 + step))

@@ -44,6 +44,7 @@ class Recipe:
         latent_noise: noise on the latents that the decoder learns to forgive.
         shift: timestep shift of the noise levels.
         context_noise: largest noise share given to a clip's context.
+        open_prompts_from: DiT step from which prompts leave out any share of their words.
     """
 
     seed: int = 7
@@ -62,9 +63,10 @@ class Recipe:
     text_length: int = 16
     shift: float = 3.0
     context_noise: float = 0.2
+    open_prompts_from: int = 0
 
 
-CPU = Recipe()
+CPU = Recipe(open_prompts_from=2167)
 GPU = Recipe(
     autoencoder=Fit(steps=8000, batch=64, frames=5),
     autoencoder_footage=Footage(512, 40, 4, 100),

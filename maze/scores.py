@@ -173,7 +173,9 @@ def prompt_response(
             made += [session.step([keys]).frames for keys in truth.track(row)[1 : 1 + 2 * SECOND]]
         clip = np.concatenate(made)
         shown = looks.recognise(clip)
-        out.append(np.mean([a == b for a, b in zip(shown, truth.themes[row].tolist(), strict=True)]))
+        out.append(
+            np.mean([a == b for a, b in zip(shown, truth.themes[row].tolist(), strict=True)])
+        )
         clips.append(clip)
         note()
     return np.array(out), clips

@@ -1,4 +1,4 @@
-"""Ground truth for evaluation: walks on maps that training never saw, and what follows from them."""
+"""Ground truth for evaluation: walks on maps that training never saw, and what follows them."""
 
 from dataclasses import dataclass
 
@@ -66,7 +66,7 @@ class Truth:
 
 
 def held_out(count: int, latents: int, size: tuple[int, int], first_seed: int = 0) -> Truth:
-    """``count`` walks of ``latents`` latent frames on held-out maps, a pure function of arguments."""
+    """``count`` walks of ``latents`` latent frames on held-out maps, a pure function."""
     mazes = maps([HELD_OUT + first_seed + i for i in range(count)])
     walk = walks(mazes, mazes.start, latents, HELD_OUT + first_seed)
     themes = theme_track(count, 1, HELD_OUT + first_seed, switch_probability=0.0)[:, 0]
@@ -84,5 +84,3 @@ def sharpness(clip: Tensor | np.ndarray) -> float:
     """Mean absolute difference of neighbouring pixels, 0…255."""
     x = torch.as_tensor(clip).to(torch.float32)
     return float(x.diff(dim=-2).abs().mean() + x.diff(dim=-3).abs().mean()) / 2
-
-

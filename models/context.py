@@ -52,7 +52,7 @@ class ContextView:
         self.backend = backend
         shape = context.pool.shape
         self._own = block_frames * shape.tokens
-        self._slots: list[tuple[int, int]] = []
+        self._slots: list[tuple[tuple[int, int], int]] = []  # (page version, position)
         self._allocate(context.config.capacity or block_frames)
         staging = (shape.heads, self._own, shape.head_dim)
         self.staged_keys = [self._zeros(staging) for _ in range(shape.layers)]
@@ -83,12 +83,13 @@ class ContextView:
         plan = self.context.plan(start, frames)
         if len(plan.pages) > self._capacity:
             self._allocate(2 * len(plan.pages))  # only where nothing is ever evicted
-        wanted = list(zip(plan.pages, plan.key_positions, strict=True))
-        del self._slots[len(wanted) :]
-        for slot, (page, position) in enumerate(wanted):
-            if slot < len(self._slots) and self._slots[slot] == (page, position):
-                continue
-            self._write(slot, page, position)
+        wanted = [
+            (self.context.pool.version(page), position)
+            for page, position in zip(plan.pages, plan.key_positions, strict=True)
+        ]
+        for slot, content in enumerate(wanted):
+            if slot >= len(self._slots) or self._slots[slot] != content:
+                self._write(slot, plan.pages[slot], plan.key_positions[slot])
         self._slots = wanted
         # A block shorter than the buffer's own rows ends right before the first slot.
         first = self._own - own
@@ -99,10 +100,6 @@ class ContextView:
             # Tells `torch.compile` beforehand that this one length grows: it compiles once.
             torch._dynamo.maybe_mark_dynamic(rows, 1)
         self.own_rotation = self._rotation(plan.query_positions)
-
-    def forget(self) -> None:
-        """Make the next `prepare` write every slot again: pages may be reused after an abort."""
-        self._slots = []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.own_rotation is not None, "prepare() comes before attend()"

@@ -144,16 +144,18 @@ class ConditionEmbedder(nn.Module):
         rows, frames = timestep.shape
         sinusoid = time_sinusoid(timestep.flatten(), self.freq_dim)
         given = None if actions is None else actions.flatten(0, 1)
+        # Training has no bits to keep: one product for all rows.
+        size = rows * frames if torch.is_grad_enabled() else FIXED_ROWS
         embedding, modulation = [], []
-        for chunk in range(0, rows * frames, FIXED_ROWS):
-            part = slice(chunk, chunk + FIXED_ROWS)
-            missing = max(0, chunk + FIXED_ROWS - rows * frames)
+        for chunk in range(0, rows * frames, size):
+            part = slice(chunk, chunk + size)
+            missing = max(0, chunk + size - rows * frames)
             e = self.time_embedder(F.pad(sinusoid[part], (0, 0, 0, missing)))
             if self.action_embedder is not None and given is not None:
                 e = e + self.action_embedder(F.pad(given[part], (0, 0, 0, missing)))
             m = self.time_proj(F.silu(e).to(self.time_proj.weight.dtype))
-            embedding.append(e[: FIXED_ROWS - missing])
-            modulation.append(m[: FIXED_ROWS - missing])
+            embedding.append(e[: size - missing])
+            modulation.append(m[: size - missing])
         return (
             torch.cat(embedding).unflatten(0, (rows, frames)),
             torch.cat(modulation).unflatten(0, (rows, frames)).unflatten(-1, (6, -1)),
@@ -250,7 +252,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}")
         if image_dim is not None or added_kv_proj_dim is not None:
-            raise ValueError("image cross-attention (image_dim, added_kv_proj_dim) is not supported")
+            raise ValueError(
+                "image cross-attention (image_dim, added_kv_proj_dim) is not supported"
+            )
         if patch_size[0] != 1:
             raise ValueError(f"patch_size must start with 1 (one latent frame), got {patch_size}")
         dim = num_attention_heads * attention_head_dim

@@ -27,7 +27,7 @@ COMMANDS = [
     command.callback.__name__ for command in cli.app.registered_commands if command.callback
 ]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-WAIT = 60.0  # seconds; a limit for what must happen, never a pause
+WAIT = 120.0  # seconds; a limit for what must happen, never a pause
 
 
 @pytest.fixture(autouse=True)

@@ -325,7 +325,7 @@ def test_given_blocks_count_and_draw_no_noise(wide: World, monkeypatch: pytest.M
         assert drawn == []
         for block in made[2:]:
             assert same(session.step(block.applied.keys), block)
-        with pytest.raises(ValueError, match="must have shape"):
+        with pytest.raises(ValueError, match="a given block must be"):
             session.give(made[0].latents[:, :, :1])
     assert drawn == [(block, step) for block in (2, 3) for step in range(4)]
 

@@ -32,7 +32,9 @@ def locate(source: str) -> Path:
         return folder
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return _download(source)
-    raise ValueError(f"no world {source!r}: give {BUNDLED!r}, a world folder, or a hub id (owner/name)")
+    raise ValueError(
+        f"no world {source!r}: give {BUNDLED!r}, a world folder, or a hub id (owner/name)"
+    )
 
 
 def _download(hub_id: str) -> Path:
@@ -42,7 +44,9 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id))
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"no world {hub_id!r}: no such folder, and the hub says: {reason}") from None
+        raise ValueError(
+            f"no world {hub_id!r}: no such folder, and the hub says: {reason}"
+        ) from None
 
 
 def check_device(name: torch.device | str) -> torch.device:

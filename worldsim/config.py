@@ -122,5 +122,3 @@ class Settings:
 def _actions(data: Mapping[str, Any]) -> ActionSpec:
     fields = {**data, "motion": tuple(Motion(**motion) for motion in data["motion"])}
     return ActionSpec(**{**fields, "keys": tuple(data["keys"]), "periods": tuple(data["periods"])})
-
-

@@ -107,9 +107,7 @@ class ActionSpec:
         vectors = np.concatenate([held, np.stack(told, axis=-1)], axis=-1)
         return vectors.astype(np.float32), poses[..., -1, :]
 
-    def reckon(
-        self, held: NDArray[np.bool_], start: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def reckon(self, held: NDArray[np.bool_], start: NDArray[np.float64]) -> NDArray[np.float64]:
         """Poses at the end of each latent frame from the keys alone, ``[..., N, 3]``.
 
         Walls are unknown here, so a place is only as true as the way was free; the heading is
@@ -117,7 +115,9 @@ class ActionSpec:
         """
         moves = np.array([[m.forward, m.right, m.turn] for m in self.motion])
         forward, right, turn = np.moveaxis(held.astype(np.float64) @ moves, -1, 0)
-        forward, right, turn = (np.repeat(a, self.pictures, axis=-1) for a in (forward, right, turn))
+        forward, right, turn = (
+            np.repeat(a, self.pictures, axis=-1) for a in (forward, right, turn)
+        )
         heading = start[..., 2:] + np.cumsum(turn, axis=-1)
         x = start[..., :1] + np.cumsum(forward * np.cos(heading) - right * np.sin(heading), axis=-1)
         y = start[..., 1:2] + np.cumsum(

@@ -1,4 +1,4 @@
-"""When each block is denoised, at which level, and what it reads. Plain data, no tensors of a model.
+"""When each block is denoised, at which level, and what it reads. Plain data, no model.
 
 Levels are flow matching: ``x_t = (1 - σ) x0 + σ ε``, timestep = 1000 σ, warped by a shift
 (σ' = s σ / (1 + (s - 1) σ)) and read from a 1000-entry float32 table, as Self-Forcing does.
@@ -6,6 +6,7 @@ Levels are flow matching: ``x_t = (1 - σ) x0 + σ ε``, timestep = 1000 σ, war
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for steps in (self.steps, *self.first_steps):
-            ordered = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+            ordered = all(a > b for a, b in pairwise(steps))
             if not steps or not ordered or steps[0] > TABLE_SIZE or steps[-1] < 1:
                 raise ValueError(
                     f"schedule: steps must be descending numbers in 1…{TABLE_SIZE}, got {steps}"

@@ -86,7 +86,9 @@ class Session:
         self._pending: _Pending | None = None
         world.text(prompt)  # a prompt that cannot be read is told now
 
-    def control(self, buttons: Sequence[str] | Keys | None = None, prompt: str | None = None) -> None:
+    def control(
+        self, buttons: Sequence[str] | Keys | None = None, prompt: str | None = None
+    ) -> None:
         """Set what is held or asked for, from the next block on; None leaves it as it is.
 
         Raises:
@@ -143,7 +145,7 @@ class Session:
         frames = self.world.config.block_frames
         if tuple(latents.shape) != self.world.latent_shape:
             raise ValueError(
-                f"a given block must have shape {self.world.latent_shape}, got {tuple(latents.shape)}"
+                f"a given block must be {self.world.latent_shape}, got {tuple(latents.shape)}"
             )
         applied = self._applied((IDLE,) * frames if keys is None else keys)
         conditioning, pose = self._conditioning(applied)

@@ -71,7 +71,7 @@ class World:
         for what, (given, taken) in parts.items():
             if given != taken:
                 raise ValueError(
-                    f"world {config.name!r}: the {what} is {given}, but the transformer takes {taken}"
+                    f"world {config.name!r}: {what} is {given}, but the transformer takes {taken}"
                 )
 
     # --- loading and saving -------------------------------------------------------------------
@@ -242,7 +242,9 @@ class World:
         """
         if blocks is not None and blocks < 1:
             raise ValueError(f"a stream needs at least one block, got {blocks}")
-        segments = parse_prompts(self.config.prompt if prompt is None else prompt, self.latents_per_second)
+        segments = parse_prompts(
+            self.config.prompt if prompt is None else prompt, self.latents_per_second
+        )
         for segment in segments:
             self.text_encoder.read(segment.prompt)
         if any(segment.cut for segment in segments):
@@ -325,7 +327,9 @@ class World:
             callback_on_step_end: called as ``callback(world, step, timestep, {"latents": x0})``.
         """
         if output_type not in OUTPUTS:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
+            raise ValueError(
+                f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}"
+            )
         if generator is not None:
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
         on_step: OnStep | None = None
@@ -345,7 +349,9 @@ class World:
         made = list(progress_track(blocks, "blocks", count, console=console, disable=hidden))
         if output_type == "latent":
             return WorldOutput(torch.cat([block.latents for block in made], dim=2))
-        return WorldOutput(as_output(np.concatenate([b.frames for b in made])[:num_frames], output_type))
+        return WorldOutput(
+            as_output(np.concatenate([b.frames for b in made])[:num_frames], output_type)
+        )
 
     def _models(self) -> Mapping[str, Any]:
         return {TRANSFORMER: self.transformer, DECODER: self.autoencoder, TEXT: self.text_encoder}
