@@ -16,7 +16,6 @@ from rich.progress import track
 
 from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.report import machine, print_table, write_json
-from worldsim.session import Block
 from worldsim.streaming.pipeline import Writer, prefetch
 from worldsim.streaming.sinks import check_writable, open_sink
 from worldsim.world import World
@@ -63,7 +62,7 @@ def run(options: BenchOptions) -> None:
             ["fps, parts overlapped (as `worldsim stream`)", f"{figures['fps']:.1f}"],
             ["first picture after process start, s", f"{figures['first_picture_s']:.2f}"],
             ["peak memory, MiB", f"{figures['peak_mib']:.0f}"],
-            ["context and its copies, MiB", f"{figures['context_mib']:.2f}"],
+            ["page pool, MiB", f"{figures['pages_mib']:.2f}"],
         ],
     )
     write_json(options.json, figures)
@@ -71,9 +70,7 @@ def run(options: BenchOptions) -> None:
 
 def measure(world: World, options: BenchOptions) -> dict[str, Any]:
     """Times by part, throughput, first picture and memory, as one dictionary."""
-    blocks = _serial(world, options)
-    ms = {part: [1e3 * block.timings[part] for block in blocks] for part in PARTS}
-    pictures = blocks[0].frames.shape[0]
+    ms, pictures = _serial(world, options)
     total = sum(statistics.median(times) for times in ms.values())
     settings = {
         "steps": options.steps or world.config.steps,
@@ -85,7 +82,7 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
         "dtype": str(world.dtype).removeprefix("torch."),
         "device": str(world.device),
         **settings,
-        "blocks": len(blocks),
+        "blocks": options.blocks,
         "pictures_per_block": pictures,
         "ms": {part: statistics.median(times) for part, times in ms.items()},
         "ms_p95": {part: statistics.quantiles(times, n=20)[-1] for part, times in ms.items()},
@@ -93,15 +90,17 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
         "fps": _overlapped(world, options),
         "first_picture_s": _first_picture(options),
         "peak_mib": _peak_mib(world),
-        "context_mib": world.pool.nbytes / 2**20,
+        "pages_mib": world.pool.nbytes / 2**20,
         "machine": machine(),
     }
 
 
-def _serial(world: World, options: BenchOptions) -> list[Block]:
-    """Blocks of a stream whose parts run one after the other, so that each can be timed alone."""
-    count = WARM_UP + options.blocks
-    made = []
+def _serial(world: World, options: BenchOptions) -> tuple[dict[str, list[float]], int]:
+    """Milliseconds of each part, one after the other so that each is timed alone, for every block
+    after the warm-up; and the pictures of a block.
+    """
+    count, pictures = WARM_UP + options.blocks, 0
+    ms: dict[str, list[float]] = {part: [] for part in PARTS}
     stream = world.stream(blocks=count, steps=options.steps, cache=options.cache)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -111,8 +110,11 @@ def _serial(world: World, options: BenchOptions) -> list[Block]:
             began = time.perf_counter()
             sink.write(block.frames)
             block.timings["encode"] = time.perf_counter() - began
-            made.append(block)
-    return made[WARM_UP:]
+            pictures = len(block.frames)
+            if block.index >= WARM_UP:
+                for part in PARTS:
+                    ms[part].append(1e3 * block.timings[part])
+    return ms, pictures
 
 
 def _overlapped(world: World, options: BenchOptions) -> float:
@@ -139,6 +141,9 @@ def _first_picture(options: BenchOptions) -> float:
     script = Path(sysconfig.get_path("scripts"), "worldsim")
     command = [str(script), "stream", "-", "--seconds", "0.5"]
     command += ["--world", options.world, "--dtype", options.dtype, "--device", options.device]
+    for name in ("steps", "cache", "threads"):
+        value = getattr(options, name)
+        command += [] if value is None else [f"--{name}", str(value)]
     return min(_until_first_byte(command) for _ in range(3))
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,8 +157,13 @@ def _loading() -> Iterator[None]:
         gc.enable()
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"worldsim: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Console entry: errors of the user are one line and exit code 2, any other failure 1."""
+    warnings.showwarning = _warn  # type: ignore[assignment]  # one line, without a source path
     try:
         app()
     except (ValueError, OSError) as error:

@@ -64,16 +64,15 @@ def run(options: StreamOptions) -> None:
         ValueError, OSError: one clear line, before anything is written.
     """
     console = Console(stderr=True, highlight=False, markup=False)
-    seconds = _check_length(options)
+    if options.seconds is not None and not 0 < options.seconds < float("inf"):
+        raise ValueError(f"--seconds must be above 0, got {options.seconds:g}")
     world = open_world(options.world, options.dtype, options.device, options.threads)
-    if options.prompt is not None:
-        _tell_unknown_words(console, world, options.prompt)
-    pictures = _length(world, options, seconds)
+    fps = world.config.fps if options.fps is None else options.fps
+    pictures = _length(world, options, fps)
     blocks = world.stream(
         options.prompt, options.controls, options.seed, world.blocks_for(pictures),
         options.steps, options.cache, decoding=False,
     )  # fmt: skip
-    fps = world.config.fps if options.fps is None else options.fps
     # A pipe gets the world's own pixels, a file what people can see.
     scale = options.scale or (1 if options.out == "-" else shown_scale(world))
     sink = open_sink(options.out, fps, scale)
@@ -116,25 +115,12 @@ def _pump(
             progress.update(task, advance=len(frames), figures=figures)
 
 
-def _check_length(options: StreamOptions) -> float | None:
-    if options.seconds is not None and not 0 < options.seconds < float("inf"):
-        raise ValueError(f"--seconds must be above 0, got {options.seconds:g}")
-    return options.seconds
-
-
-def _length(world: World, options: StreamOptions, seconds: float | None) -> int:
-    """Pictures to write: the seconds asked for, else the whole script, else 20 seconds."""
-    if seconds is None and options.controls is not None:
+def _length(world: World, options: StreamOptions, fps: float) -> int:
+    """Pictures to write: the seconds of film asked for, else the whole script, else 20 seconds."""
+    if options.seconds is None and options.controls is not None:
         latents = 1 + len(world.actions.parse(options.controls))
         return 1 + GROUP * (latents - 1)
-    return max(1, round((seconds or DEFAULT_SECONDS) * world.config.fps))
-
-
-def _tell_unknown_words(console: Console, world: World, prompt: str) -> None:
-    unknown = world.unknown_words(prompt)
-    if unknown:
-        known = world.text_encoder.known()
-        console.print(f"worldsim: passed over {', '.join(unknown)}; this world knows {known}")
+    return max(1, round((options.seconds or DEFAULT_SECONDS) * fps))
 
 
 def _summary(
@@ -154,5 +140,5 @@ def _summary(
         f"{'stopped: ' if interrupted else ''}{tally.pictures} pictures ({seconds:.1f} s) to "
         f"{options.out} · {tally.fps:.0f} fps · first picture {tally.first:.2f} s after loading · "
         f"seed {options.seed} · {dtype} · "
-        f"context {world.pool.nbytes / 2**20:.1f} MiB"
+        f"pages {world.pool.nbytes / 2**20:.1f} MiB"
     )

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
+from worldsim.bundle import check_device
 from worldsim.maze.recipe import PRESETS
 from worldsim.maze.train import WORLD, train
 
@@ -20,9 +20,8 @@ def run(what: str, out: Path, preset: str | None, device: str, ranks: int) -> No
     name = preset or ("gpu" if device.startswith("cuda") else "cpu")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: choose {', '.join(PRESETS)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: leave out --device, or use --device cpu")
-    if ranks < 1 or (ranks > 1 and device != "cpu"):
+    place = check_device(device)
+    if ranks < 1 or (ranks > 1 and place.type != "cpu"):
         raise ValueError(f"--ranks must be 1 or more, and is for the CPU only; got {ranks}")
     train(PRESETS[name], out, device, ranks)
     Console(stderr=True).print(

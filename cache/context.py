@@ -86,15 +86,16 @@ class Context:
         Raises:
             ValueError: if that reaches back further than the newest commit.
         """
-        for key in [key for key in self._staged if key[0] >= block]:
-            self._drop_staged(*key)
-        if self.newest is None or self.newest < block:
-            return
-        if self._last is None or self._last.block > block:
+        committed = self.newest is not None and self.newest >= block
+        if committed and (self._last is None or self._last.block > block):
             raise ValueError(
                 f"cannot abort block {block}: block {self.newest} is committed, and only the "
                 "newest commit of this very context can be taken back, once"
             )
+        for key in [key for key in self._staged if key[0] >= block]:
+            self._drop_staged(*key)
+        if not committed or self._last is None:
+            return
         self._release(set(self.table) - set(self._last.before))
         self.table, self.newest = self._last.before, self._last.previous
         self._last = None

@@ -6,6 +6,7 @@ nothing. Reference counts let several page tables share a page (copy-on-write).
 """
 
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class PagePool:
         self._count: list[int] = []
         self._writes: list[int] = []
         self._free: list[int] = []
+        self._promised = 0
+        self._lock = Lock()  # streams of one world may run on threads of their own
 
     @property
     def nbytes(self) -> int:
@@ -52,8 +55,20 @@ class PagePool:
         return tuple((slab.data_ptr(), slab.nbytes) for slab in self._slabs)
 
     def reserve(self, pages: int) -> None:
-        """Make sure that ``pages`` are free, allocating one slab for what is missing."""
-        missing = pages - len(self._free)
+        """Promise ``pages`` to a session, allocating one slab for what is missing.
+
+        A session keeps to its promise, so that nothing is allocated while it runs.
+        """
+        with self._lock:
+            self._promised += pages
+            self._grow(self._promised - len(self._pages))
+
+    def give_back(self, pages: int) -> None:
+        """End a promise of `reserve`; the memory stays for the next session."""
+        with self._lock:
+            self._promised -= pages
+
+    def _grow(self, missing: int) -> None:
         if missing <= 0:
             return
         s = self.shape
@@ -72,12 +87,13 @@ class PagePool:
 
     def acquire(self) -> int:
         """Take a free page (one reference). Grows the pool only where nobody reserved enough."""
-        if not self._free:
-            self.reserve(1)
-        page = self._free.pop()
-        self._count[page] = 1
-        self._writes[page] += 1
-        return page
+        with self._lock:
+            if not self._free:
+                self._grow(1)
+            page = self._free.pop()
+            self._count[page] = 1
+            self._writes[page] += 1
+            return page
 
     def version(self, page: int) -> tuple[int, int]:
         """Names what a page holds: it changes when the page is recycled, so copies can tell."""
@@ -85,15 +101,17 @@ class PagePool:
 
     def retain(self, page: int) -> None:
         """Add a reference to a page in use."""
-        assert self._count[page] > 0, f"page {page} is not in use"
-        self._count[page] += 1
+        with self._lock:
+            assert self._count[page] > 0, f"page {page} is not in use"
+            self._count[page] += 1
 
     def release(self, page: int) -> None:
         """Drop a reference; the last one frees the page."""
-        assert self._count[page] > 0, f"page {page} is not in use"
-        self._count[page] -= 1
-        if self._count[page] == 0:
-            self._free.append(page)
+        with self._lock:
+            assert self._count[page] > 0, f"page {page} is not in use"
+            self._count[page] -= 1
+            if self._count[page] == 0:
+                self._free.append(page)
 
     def keys(self, page: int) -> Tensor:
         """Un-rotated keys of a page, ``[layers, heads, tokens, head_dim]`` (a view)."""

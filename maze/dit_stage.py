@@ -99,9 +99,7 @@ def clip_batches(
         eps, context_eps = (
             torch.randn(clean.shape, generator=generator, device=clean.device) for _ in range(2)
         )
-        ids, prompt = _prompts(
-            torch.stack(themes), words, step >= recipe.open_prompts_from, random
-        )
+        ids, prompt = _prompts(torch.stack(themes), words, step >= recipe.open_prompts_from, random)
         weight = torch.ones(plan.batch, plan.frames)
         weight[~torch.tensor(from_start), 0] = 0.0  # nothing leads up to that frame
         out = {
@@ -127,7 +125,7 @@ def encode_walks(
         footage.maps, footage.frames, (recipe.seed, 3, rank.index, number), rank.device
     )
     latents = []
-    with torch.inference_mode(), torch.autocast(rank.device, torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(torch.device(rank.device).type, torch.bfloat16):
         for row in range(0, footage.maps, 4):
             pictures = walks.pictures(0, footage.frames, recipe.size, slice(row, row + 4))
             z = autoencoder.normalised(autoencoder.encode_clip(from_pictures(pictures)))

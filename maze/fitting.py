@@ -4,7 +4,6 @@ A stage is a module whose forward turns a batch into named losses, and a functio
 batch of a step. The loop knows nothing else of it.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 from worldsim.maze.optim import Average, Optimiser
@@ -75,7 +75,7 @@ def fit(
         task = progress.add_task(name, total=plan.steps, completed=start, figures="")
         for step in range(start, plan.steps):
             material = batch(step)
-            with torch.autocast(rank.device, torch.bfloat16):
+            with torch.autocast(torch.device(rank.device).type, torch.bfloat16):
                 figures = trained(material)
             figures["loss"].backward()
             optimiser.step(step)
@@ -156,29 +156,31 @@ def _progress(visible: bool) -> Progress:
 
 
 def launch(ranks: int, work: Callable[..., None], *args: object) -> None:
-    """Run ``work(rank, *args)`` on ``ranks`` processes of one thread each, or here if it is one."""
+    """Run ``work(rank, *args)`` on ``ranks`` processes of one thread each, or here if it is one.
+
+    The processes are torchrun's, started from within.
+    """
     if ranks == 1:
         work(0, *args)
         return
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ["MASTER_PORT"] = str(_free_port())
-    spawn(_joined, (ranks, work, args), nprocs=ranks)
+    plan = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="worldsim",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    elastic_launch(plan, _joined)(work, args)
 
 
-def _joined(index: int, ranks: int, work: Callable[..., None], args: tuple[object, ...]) -> None:
+def _joined(work: Callable[..., None], args: tuple[object, ...]) -> None:
     # One thread a rank: two one-thread ranks train as fast as one rank with two threads, and
     # nothing else on the machine can stall them at a barrier.
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=index, world_size=ranks)
+    dist.init_process_group("gloo")
     try:
-        work(index, *args)
+        work(dist.get_rank(), *args)
     finally:
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

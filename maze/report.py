@@ -1,13 +1,16 @@
 """What a training run leaves for people to look at: loss curves and true/generated pictures."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
 
 from worldsim.maze.scores import rollouts
 from worldsim.maze.sheet import pairs_sheet
-from worldsim.maze.truth import GIVEN, held_out
+from worldsim.maze.truth import FIRST, GIVEN, Truth, held_out
 from worldsim.session import Session
 from worldsim.world import World
 
@@ -47,10 +50,14 @@ def draw_rollouts(world: World, out: Path) -> None:
 
     truth = held_out(ROWS, GIVEN + 4 * SECONDS, (world.config.height, world.config.width))
     _, _, clips = rollouts(open_session, truth, SECONDS, note=lambda: None)
-    first = 4 * (GIVEN - 1) + 1
-    true = np.stack([truth.pictures(i, first, first + len(clip)) for i, clip in enumerate(clips)])
-    labels = [truth.prompt(row) for row in range(ROWS)]
-    pairs_sheet(true, np.stack(clips), every=4, labels=labels).save(out)
+    rollout_sheet(truth, clips).save(out)
+
+
+def rollout_sheet(truth: Truth, clips: Sequence[NDArray[np.uint8]]) -> Image:
+    """Pairs of rows: the truth of the first walks, and the clips made of their controls."""
+    true = [truth.pictures(row, FIRST, FIRST + len(clip)).numpy() for row, clip in enumerate(clips)]
+    labels = [truth.prompt(row) for row in range(len(clips))]
+    return pairs_sheet(np.stack(true), np.stack(clips), every=4, labels=labels)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -7,11 +7,20 @@ import torch
 from torch import Tensor
 
 from worldsim.controls import Keys
-from worldsim.maze.simulator import KEYS, MazeMaps, maps, render, trajectory
+from worldsim.maze.simulator import (
+    KEYS,
+    PICTURES_PER_LATENT,
+    MazeMaps,
+    maps,
+    render,
+    trajectory,
+)
 from worldsim.maze.themes import Theme
 from worldsim.maze.walks import HELD_OUT, theme_track, walks
 
 GIVEN = 5  # latent frames that a rollout is given: one picture and one true second
+FIRST = 1 + PICTURES_PER_LATENT * (GIVEN - 1)  # number of the first picture that is not given
+WANDER = 25  # a held-out walk is cut out anywhere in its first latent frames
 FORKS: dict[str, Keys] = {
     "forward": frozenset({"KeyW"}),
     "back": frozenset({"KeyS"}),
@@ -66,11 +75,24 @@ class Truth:
 
 
 def held_out(count: int, latents: int, size: tuple[int, int], first_seed: int = 0) -> Truth:
-    """``count`` walks of ``latents`` latent frames on held-out maps, a pure function."""
-    mazes = maps([HELD_OUT + first_seed + i for i in range(count)])
-    walk = walks(mazes, mazes.start, latents, HELD_OUT + first_seed)
-    themes = theme_track(count, 1, HELD_OUT + first_seed, switch_probability=0.0)[:, 0]
-    return Truth(mazes, walk.poses, walk.keys, themes, size)
+    """``count`` stretches of walks of ``latents`` latent frames on held-out maps.
+
+    A pure function. Each stretch begins anywhere in the first seconds of its walk, so that states
+    are those of somebody on the way, not of somebody who just arrived.
+    """
+    seed = HELD_OUT + first_seed
+    mazes = maps([seed + i for i in range(count)])
+    walk = walks(mazes, mazes.start, WANDER + latents, seed)
+    begins = np.random.default_rng(seed).integers(0, WANDER, count)
+    pictures = 1 + PICTURES_PER_LATENT * (latents - 1)
+    poses, keys = [], []
+    for row, begin in enumerate(begins):
+        first = PICTURES_PER_LATENT * int(begin)
+        poses.append(walk.poses[row, first : first + pictures])
+        keys.append(walk.keys[row, begin : begin + latents].clone())
+        keys[-1][0] = False  # what led to the first picture is before this stream
+    themes = theme_track(count, 1, seed, switch_probability=0.0)[:, 0]
+    return Truth(mazes, torch.stack(poses), torch.stack(keys), themes, size)
 
 
 def psnr(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
@@ -84,3 +106,8 @@ def sharpness(clip: Tensor | np.ndarray) -> float:
     """Mean absolute difference of neighbouring pixels, 0…255."""
     x = torch.as_tensor(clip).to(torch.float32)
     return float(x.diff(dim=-2).abs().mean() + x.diff(dim=-3).abs().mean()) / 2
+
+
+def motion(clip: Tensor | np.ndarray) -> float:
+    """Mean absolute difference of successive pictures, 0…255."""
+    return float(torch.as_tensor(clip).to(torch.float32).diff(dim=0).abs().mean())

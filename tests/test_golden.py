@@ -98,8 +98,8 @@ def test_e_schedule_tables() -> None:
     assert torch.equal(sigmas, golden["sigmas_table"])
     assert torch.equal(timesteps, golden["timesteps_table"])
     ours_t, ours_sigma = levels(STEPS, 5.0)
-    assert ours_t == golden["denoising_timesteps"].tolist()
-    assert ours_sigma == golden["denoising_sigmas"].tolist()
+    assert list(ours_t) == golden["denoising_timesteps"].tolist()
+    assert list(ours_sigma) == golden["denoising_sigmas"].tolist()
     assert Schedule.uniform(4, shift=5.0).steps == STEPS
 
 

@@ -43,7 +43,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id))
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"no world {hub_id!r}: no such folder, and the hub says: {reason}"
         ) from None
@@ -59,6 +59,8 @@ def check_device(name: torch.device | str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {str(name)!r}: use 'cpu' or 'cuda'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: use 'cpu'")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(name)!r} is not supported: use 'cpu' or 'cuda'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no device {str(name)!r} here: use 'cpu'")
     return device

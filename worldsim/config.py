@@ -27,7 +27,6 @@ class WorldConfig:
         shift: timestep shift of the noise levels.
         sampler: ``renoise`` or ``euler``, see `worldsim.rollout.denoise`.
         context_timestep: timestep of the context pass.
-        context_level: the level of earlier blocks that the weights were trained to read.
         cache: one line, see `CacheConfig.parse`.
         actions: its controls, or None.
         prompt, controls: what it shows when nothing is asked for; the script is repeated.
@@ -42,7 +41,6 @@ class WorldConfig:
     shift: float = 3.0
     sampler: str = "renoise"
     context_timestep: float = 0.0
-    context_level: str = "clean"
     cache: str = "recent=all"
     actions: ActionSpec | None = None
     prompt: str = ""
@@ -85,7 +83,7 @@ class WorldConfig:
             raise ValueError(f"{folder} has no {FILE}: it is not a world folder")
         try:
             return cls.from_dict(json.loads(path.read_text()))
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
 
     @classmethod

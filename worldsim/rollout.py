@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worldsim.models.context import ContextView
 from worldsim.models.transformer import Conditioning
-from worldsim.schedule import Cell
+from worldsim.schedule import CLEAN, Cell
 
 Pass = Callable[..., Any]  # the model's forward or commit, compiled or not
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]  # (block, step, shape) -> noise
@@ -37,6 +37,7 @@ def denoise(
     """
     x = torch.empty(0)
     for cell in cells:
+        assert cell.kind == "denoise" and cell.reads == CLEAN, "this executor reads clean context"
         if cell.level == 0:
             x = noise(cell.block, 0, shape).to(device)
         flow = forward(x, timesteps(cell, x), conditioning, [view])

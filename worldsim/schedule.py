@@ -6,6 +6,7 @@ Levels are flow matching: ``x_t = (1 - σ) x0 + σ ε``, timestep = 1000 σ, war
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -102,8 +103,9 @@ def shift_table(shift: float) -> tuple[Tensor, Tensor]:
     return sigmas, sigmas * TABLE_SIZE
 
 
-def levels(steps: tuple[int, ...], shift: float) -> tuple[list[float], list[float]]:
+@lru_cache
+def levels(steps: tuple[int, ...], shift: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Timesteps and σ of a step list: step s is entry ``1000 - s`` of the table."""
     sigmas, timesteps = shift_table(shift)
     index = torch.tensor([TABLE_SIZE - step for step in steps])
-    return timesteps[index].tolist(), sigmas[index].tolist()
+    return tuple(timesteps[index].tolist()), tuple(sigmas[index].tolist())

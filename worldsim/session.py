@@ -79,8 +79,9 @@ class Session:
         self.held: Keys = IDLE
         self.pose = np.zeros(3)
         self.carry: Carry = None
-        pages = Context.pages_needed(settings.cache, config.block_frames)
-        world.pool.reserve(pages)
+        self.decoded = 0  # number of the next block to decode
+        self._pages = Context.pages_needed(settings.cache, config.block_frames)
+        world.pool.reserve(self._pages)
         self.context = Context(world.pool, settings.cache)
         self.view = ContextView(self.context, config.block_frames, world.grid, settings.attention)
         self._pending: _Pending | None = None
@@ -114,6 +115,8 @@ class Session:
         """Make the next block's latents. The block before is committed first, the new one later:
         nobody waits for a context pass who wants to see a picture.
         """
+        if self.context.pool is not self.world.pool:
+            raise ValueError("the world was moved or cast since this session began: open a new one")
         timings = {"commit": _timed(self.settle)}
         frames = self.world.config.block_frames
         if keys is None:  # the very first latent frame is a single picture, which nothing moves
@@ -155,7 +158,16 @@ class Session:
         return block
 
     def decode(self, block: Block) -> Block:
-        """Fill in ``block.frames``; blocks must come in order."""
+        """Fill in ``block.frames``: every block once, in order, since the decoder remembers.
+
+        Raises:
+            ValueError: for a block that is not the next one.
+        """
+        if block.index != self.decoded:
+            raise ValueError(
+                f"block {block.index} cannot be decoded now: the next one is {self.decoded}"
+            )
+        self.decoded += 1
         self.carry = decode(self.world.autoencoder, block, self.carry)
         return block
 
@@ -174,7 +186,7 @@ class Session:
         self.settle()
         twin = Session(self.world, self.settings, self.prompt)
         twin.block, twin.frame, twin.held = self.block, self.frame, self.held
-        twin.pose, twin.carry = self.pose, self.carry
+        twin.pose, twin.carry, twin.decoded = self.pose, self.carry, self.decoded
         twin.context = self.context.fork()
         twin.view.context = twin.context
         return twin
@@ -183,6 +195,8 @@ class Session:
         """Give the pages back to the world."""
         self._pending = None
         self.context.close()
+        self.world.pool.give_back(self._pages)
+        self._pages = 0
 
     def __enter__(self) -> "Session":
         return self

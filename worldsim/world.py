@@ -4,6 +4,7 @@ A world folder holds ``world.json`` and three diffusers folders: ``transformer``
 ``text_encoder``. Weights, the page pool and encoded prompts are shared by all sessions.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from worldsim.bundle import auto_dtype, check_device, locate
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
-from worldsim.controls import IDLE, ActionSpec, Keys, parse_prompts
+from worldsim.controls import IDLE, ActionSpec, Keys, PromptSegment, parse_prompts
 from worldsim.models.attention import NATIVE
 from worldsim.models.autoencoder import GROUP, Carry, CausalAutoencoder
 from worldsim.models.transformer import CausalWanTransformer3DModel
@@ -66,12 +67,13 @@ class World:
             "channels of a latent": (autoencoder.config.latent_channels, takes.in_channels),
             "width of a word": (text_encoder.config.text_dim, takes.text_dim),
         }
+        parts["length of an action"] = (self.actions.dim, takes.action_dim)
         if config.actions is not None:
-            parts["length of an action"] = (config.actions.dim, takes.action_dim)
+            parts["pictures moved by a control"] = (config.actions.pictures, GROUP)
         for what, (given, taken) in parts.items():
             if given != taken:
                 raise ValueError(
-                    f"world {config.name!r}: {what} is {given}, but the transformer takes {taken}"
+                    f"world {config.name!r}: {what} is {given}, but the models take {taken}"
                 )
 
     # --- loading and saving -------------------------------------------------------------------
@@ -115,16 +117,17 @@ class World:
         self.config.save(target)  # last: a folder without it is no world
 
     def to(self, *targets: torch.device | str | torch.dtype) -> "World":
-        """Move and cast, as in ``world.to("cuda", torch.bfloat16)``. Open sessions end.
+        """Move and cast, as in ``world.to("cuda", torch.bfloat16)``; open sessions cannot go on.
 
         Raises:
-            ValueError: where the device is not there.
+            ValueError: where the device is not there; nothing has changed then.
         """
-        for target in targets:
+        checked = [t if isinstance(t, torch.dtype) else check_device(t) for t in targets]
+        for target in checked:
             if isinstance(target, torch.dtype):
                 self.dtype = target
             else:
-                self.device = check_device(target)
+                self.device = target
         for model in self._models().values():
             cast(model, self.dtype)
             torch.nn.Module.to(model, self.device)
@@ -133,7 +136,11 @@ class World:
         return self
 
     def set_attention_backend(self, name: str) -> None:
-        """Choose the attention kernel of sessions opened from now on; ``native`` needs nothing."""
+        """Choose the attention kernel; ``native`` needs nothing. Open new sessions after it.
+
+        Raises:
+            ValueError: for a kernel that does not run here, naming those that exist.
+        """
         self.transformer.set_attention_backend(name)
         self.attention = name
 
@@ -169,10 +176,17 @@ class World:
     def text(self, prompt: str) -> TextRows:
         """Cross-attention K/V of a prompt, computed once for each prompt.
 
+        Warns of words that this world passes over because it does not know them.
+
         Raises:
             ValueError: if the prompt has no word that this world knows.
         """
         if prompt not in self._texts:
+            if unknown := self.text_encoder.read(prompt).unknown:
+                known = self.text_encoder.known()
+                warnings.warn(
+                    f"passed over {', '.join(unknown)}; this world knows {known}", stacklevel=2
+                )
             ids = self.text_encoder.ids(prompt).to(self.device)
             with torch.inference_mode():
                 self._texts[prompt] = self.transformer.encode_prompt(self.text_encoder(ids[None]))
@@ -180,12 +194,6 @@ class World:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(prompt)
         return self._texts[prompt]
-
-    def unknown_words(self, prompt: str) -> tuple[str, ...]:
-        """Words of a prompt that this world passes over because it does not know them."""
-        segments = parse_prompts(prompt, self.latents_per_second)
-        readings = (self.text_encoder.read(segment.prompt) for segment in segments)
-        return tuple(word for reading in readings for word in reading.unknown)
 
     @property
     def latents_per_second(self) -> float:
@@ -207,7 +215,12 @@ class World:
             steps: denoising steps, None for the world's own.
             cache: a cache line, see `CacheConfig.parse`, None for the world's own.
         """
-        settings = Settings(
+        settings = self.settings(seed, steps, cache)
+        return Session(self, settings, self.config.prompt if prompt is None else prompt)
+
+    def settings(self, seed: int, steps: int | None, cache: str | None) -> Settings:
+        """What a session is opened with: the world's own settings, but for what is given."""
+        return Settings(
             seed=seed,
             schedule=self.config.schedule(steps),
             cache=self.config.cache_config(cache),
@@ -215,7 +228,6 @@ class World:
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
         )
-        return Session(self, settings, self.config.prompt if prompt is None else prompt)
 
     def stream(
         self,
@@ -246,12 +258,11 @@ class World:
             self.config.prompt if prompt is None else prompt, self.latents_per_second
         )
         for segment in segments:
-            self.text_encoder.read(segment.prompt)
+            self.text(segment.prompt)
         if any(segment.cut for segment in segments):
             raise ValueError("prompt: scene cuts (#) are not there yet; leave out the '#'")
-        track = self._track(controls)
-        session = self.session(segments[0].prompt, seed, steps, cache)
-        return self._blocks(session, segments, track, blocks, decoding, on_step)
+        settings, track = self.settings(seed, steps, cache), self._track(controls)
+        return self._blocks(settings, segments, track, blocks, decoding, on_step)
 
     def decoded(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """Decode a stream's blocks (made with ``decoding=False``) as they come, in order."""
@@ -262,14 +273,14 @@ class World:
 
     def _blocks(
         self,
-        session: Session,
-        segments: Sequence[Any],
+        settings: Settings,
+        segments: Sequence[PromptSegment],
         track: Callable[[int], Keys],
         blocks: int | None,
         decoding: bool,
         on_step: OnStep | None,
     ) -> Iterator[Block]:
-        with session:
+        with Session(self, settings, segments[0].prompt) as session:
             while blocks is None or session.block < blocks:
                 current = [s.prompt for s in segments if s.start <= session.frame]
                 session.control(prompt=current[-1])
@@ -324,7 +335,8 @@ class World:
             generator: draws the seed, if given.
             output_type: ``np`` (float ``[1, F, H, W, 3]`` in 0…1), ``pil`` (list of images),
                 ``pt`` (float ``[1, F, 3, H, W]``) or ``latent`` (``[1, C, F, h, w]``).
-            callback_on_step_end: called as ``callback(world, step, timestep, {"latents": x0})``.
+            callback_on_step_end: called as ``callback(world, step, timestep, {"latents": x0})``;
+                it only looks, what it returns is not used.
         """
         if output_type not in OUTPUTS:
             raise ValueError(
