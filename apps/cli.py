@@ -163,7 +163,7 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
 
 def main() -> None:
     """Console entry: errors of the user are one line and exit code 2, any other failure 1."""
-    warnings.showwarning = _warn  # type: ignore[assignment]  # one line, without a source path
+    warnings.showwarning = _warn  # one line, without a source path
     try:
         app()
     except (ValueError, OSError) as error:

@@ -64,8 +64,9 @@ def run(options: StreamOptions) -> None:
         ValueError, OSError: one clear line, before anything is written.
     """
     console = Console(stderr=True, highlight=False, markup=False)
-    if options.seconds is not None and not 0 < options.seconds < float("inf"):
-        raise ValueError(f"--seconds must be above 0, got {options.seconds:g}")
+    for name, value in (("seconds", options.seconds), ("fps", options.fps)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name} must be above 0, got {value:g}")
     world = open_world(options.world, options.dtype, options.device, options.threads)
     fps = world.config.fps if options.fps is None else options.fps
     pictures = _length(world, options, fps)

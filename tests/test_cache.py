@@ -346,7 +346,8 @@ def test_two_thousand_commits_stay_where_they_are() -> None:
 def test_pool_counts_and_bytes() -> None:
     pool = small_pool(3)
     assert pool.nbytes == 3 * 2 * 2 * 2 * 6 * 16 * 4
-    pool.reserve(3)  # they are free already
+    pool.give_back(3)
+    pool.reserve(3)  # the memory of a session that ended is there for the next
     assert len(pool.addresses()) == 1
     first = pool.acquire()
     pool.retain(first)
@@ -358,6 +359,8 @@ def test_pool_counts_and_bytes() -> None:
         pool.release(first)
     with pytest.raises(AssertionError, match="not in use"):
         pool.retain(first)
+    pool.reserve(2)  # free pages are promised to another: these two are new
+    assert (pool.free_pages, len(pool.addresses())) == (5, 2)
 
 
 # --- what a block attends to --------------------------------------------------------------------

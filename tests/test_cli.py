@@ -75,9 +75,9 @@ def test_mp4_from_another_folder(tmp_path: Path, world_folder: Path) -> None:
     out, err = process.communicate(timeout=WAIT)
     assert process.returncode == 0, err.decode()
     assert out == b""
-    assert b"24 pictures" in err and b"seed 0" in err
+    assert b"12 pictures (1.5 s)" in err and b"seed 0" in err
     pictures, fps = video(tmp_path / "walk.mp4")
-    assert len(pictures) == 24 and fps == 8
+    assert len(pictures) == 12 and fps == 8
     assert pictures.shape[1:] == (256, 384, 3)  # 32 × 48, enlarged so that it can be seen
     assert pictures.std() > 1
     assert list(tmp_path.iterdir()) == [tmp_path / "walk.mp4"]
@@ -182,7 +182,9 @@ BAD_OPTIONS = {
     ("--steps", "0"): "steps must be in 1…1000",
     ("--cache", "size=3"): "cannot read 'size=3'",
     ("--cache", ""): "cannot read ''",
-    ("--fps", "0"): "fps is 0",
+    ("--fps", "0"): "--fps must be above 0",
+    ("--fps", "inf"): "--fps must be above 0",
+    ("--fps", "5000"): "fps is 5000",
     ("--scale", "-1"): "scale is -1",
     ("--dtype", "float8"): "unknown dtype 'float8'",
     ("--device", "toaster"): "unknown device 'toaster'",

@@ -102,7 +102,7 @@ def test_parts_that_do_not_fit_are_refused(world: World, make_world: MakeWorld) 
         ((config, transformer, other_autoencoder, words), "channels of a latent is 4"),
         ((other_config, transformer, autoencoder, words), "length of an action is 12"),
     ):
-        with pytest.raises(ValueError, match=f"{said}, but the transformer takes"):
+        with pytest.raises(ValueError, match=f"{said}, but the models take"):
             World(*parts)
 
 
@@ -367,3 +367,20 @@ def test_a_window_forgets(make_world: MakeWorld) -> None:
 
     assert torch.equal(last(-1), made[3].latents)
     assert not torch.equal(last(1), made[3].latents)
+
+
+def test_sessions_side_by_side_find_their_pages_ready(make_world: MakeWorld) -> None:
+    world = make_world()
+    first, second = world.session(seed=1), world.session(seed=2)
+    twin = first.fork()
+    pool = world.pool.addresses()
+    for _ in range(10):
+        for session in (first, second, twin):
+            session.step()
+    assert world.pool.addresses() == pool
+    for session in (first, second, twin):
+        session.close()
+    assert world.pool.used_pages == 0
+    with world.session() as later:  # opening and closing for ever takes no more either
+        steps(later, 5)
+    assert world.pool.addresses() == pool
