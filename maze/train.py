@@ -64,7 +64,7 @@ def world_config(recipe: Recipe) -> WorldConfig:
         height=height,
         width=width,
         fps=16.0,
-        steps=4,
+        steps=2,
         shift=recipe.shift,
         sampler="euler",
         cache=f"sink=0,recent={recipe.dit.frames - 1}",
