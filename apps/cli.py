@@ -24,7 +24,7 @@ Steps = Annotated[int | None, typer.Option(help="Denoising steps of a block.")]
 Cache = Annotated[str | None, typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Threads = Annotated[
-    int | None, typer.Option(help="Threads of one stage; default: as torch has it, all cores.")
+    int | None, typer.Option(help="Threads of one stage; default: half of the cores.")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 

@@ -64,13 +64,13 @@ def world_config(recipe: Recipe) -> WorldConfig:
         height=height,
         width=width,
         fps=16.0,
-        steps=2,
+        steps=6,
         shift=recipe.shift,
         sampler="euler",
         cache=f"sink=0,recent={recipe.dit.frames - 1}",
         actions=ACTIONS,
         prompt="red brick walls, grass floor, day, clear",
-        controls="W*10 L*5 W*8 WJ*4 W*6 J*5 W*8 D*3 A*3 L*10",
+        controls="W*5 L*5 W*4 J*5 W*6 . L*10 W*6 J*5 W*5 D*3 A*3 J*5 W*6 S*4 L*5 W*6",
     )
 
 
