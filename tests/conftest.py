@@ -16,6 +16,9 @@ from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.words import WordEncoder
 from worldsim.world import World
 
+# Tiny models gain nothing from threads, and beside other work a barrier can cost a hundredfold.
+torch.set_num_threads(1)
+
 MakeWorld = Callable[..., World]
 
 
