@@ -79,14 +79,16 @@ def run(options: StreamOptions) -> None:
     sink = open_sink(options.out, fps, scale)
     tally = Tally(time.perf_counter())
     interrupted = False
+    writer = Writer(sink)
     try:
-        with Writer(sink) as writer:
+        with writer:
             try:
                 _pump(world, blocks, writer, pictures, tally, console)
             except KeyboardInterrupt:
                 interrupted = True
     except SinkClosed:
         interrupted = True
+    tally.pictures = writer.pictures  # an interrupted hand-over is still written
     _summary(console, world, options, fps, tally, interrupted)
 
 

@@ -90,12 +90,14 @@ class Writer:
     `close` writes what waits, closes the sink and ends the thread, also after Ctrl-C.
 
     Attributes:
-        seconds: wall time spent in the sink so far (write and close), for `worldsim bench`.
+        seconds: wall time spent in the sink so far (write and close).
+        pictures: frames that the sink has taken.
     """
 
     def __init__(self, sink: Sink, depth: int = 2) -> None:
         _check(depth)
         self.seconds = 0.0
+        self.pictures = 0
         self._sink = sink
         self._waiting: SimpleQueue[Frames | None] = SimpleQueue()
         self._room = Semaphore(depth)
@@ -134,6 +136,8 @@ class Writer:
             self._room.release()
             if not self._errors:
                 self._timed(self._sink.write, frames)
+            if not self._errors:
+                self.pictures += len(frames)
             del frames  # a written block is not kept while the next is awaited
         self._timed(self._sink.close)
 

@@ -327,7 +327,7 @@ def test_given_blocks_count_and_draw_no_noise(wide: World, monkeypatch: pytest.M
             assert same(session.step(block.applied.keys), block)
         with pytest.raises(ValueError, match="a given block must be"):
             session.give(made[0].latents[:, :, :1])
-    assert drawn == [(block, step) for block in (2, 3) for step in range(4)]
+    assert drawn == [(block, step) for block in (2, 3) for step in range(wide.config.steps)]
 
 
 def test_on_step_tells_the_cells(world: World) -> None:
