@@ -106,7 +106,7 @@ def test_held_out_walks_are_a_pure_function_of_seeds_training_never_draws() -> N
 def test_figures_fall_for_what_they_are_meant_to_see() -> None:
     clip = held_out(1, 5, (64, 64)).pictures(0)
     blurred = nn.functional.avg_pool2d(clip.permute(0, 3, 1, 2).float(), 9, 1, 4)
-    assert psnr(clip, clip) > 100 > psnr(blurred.permute(0, 2, 3, 1), clip)
+    assert psnr(clip, clip) > 48 > psnr(blurred.permute(0, 2, 3, 1), clip)
     assert sharpness(blurred.permute(0, 2, 3, 1)) < 0.7 * sharpness(clip)
     assert motion(clip[:1].expand_as(clip)) == 0
     assert psnr(np.zeros((1, 2, 2, 3)), np.full((1, 2, 2, 3), 255)) == 0
