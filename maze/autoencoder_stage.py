@@ -8,8 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from worldsim.maze.fitting import Rank
-from worldsim.maze.footage import PICTURES, Library, make_walks
+from worldsim.maze.footage import Library, make_walks
 from worldsim.maze.recipe import Recipe
+from worldsim.maze.simulator import PICTURES_PER_LATENT
 from worldsim.models.autoencoder import CausalAutoencoder, from_pictures
 
 LATENT_PENALTY = 3e-4  # keeps the latents from growing until the noise on them means nothing
@@ -46,7 +47,7 @@ def psnr_of(squared_error: Tensor) -> Tensor:
 def picture_batches(recipe: Recipe, rank: Rank) -> Callable[[int], dict[str, Tensor]]:
     """Random short clips out of rendered walks."""
     footage, plan = recipe.autoencoder_footage, recipe.autoencoder
-    pictures = PICTURES * (plan.frames - 1) + 1
+    pictures = PICTURES_PER_LATENT * (plan.frames - 1) + 1
 
     def render_all(number: int) -> Tensor:
         seeds = (recipe.seed, 1, rank.index, number)

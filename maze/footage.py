@@ -13,10 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from worldsim.maze.recipe import Footage
-from worldsim.maze.simulator import MazeMaps, maps, render
+from worldsim.maze.simulator import PICTURES_PER_LATENT, MazeMaps, maps, render
 from worldsim.maze.walks import TRAIN_SEEDS, per_picture, theme_track, walks
 
-PICTURES = 4
 Item = TypeVar("Item")
 
 
@@ -41,7 +40,7 @@ class Walks:
 
         A clip begins a stream: its first latent frame is one picture.
         """
-        shown = slice(PICTURES * first, PICTURES * (first + latents - 1) + 1)
+        shown = slice(PICTURES_PER_LATENT * first, PICTURES_PER_LATENT * (first + latents - 1) + 1)
         themes = per_picture(self.themes[rows, first : first + latents])
         return render(self.mazes[rows], self.poses[rows, shown], themes, *size)
 
