@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from worldsim.maze.actions import ACTIONS
 from worldsim.maze.fitting import Rank
 from worldsim.maze.footage import Library, make_walks
-from worldsim.maze.recipe import Recipe
+from worldsim.maze.recipe import Footage, Recipe
+from worldsim.maze.simulator import PICTURES_PER_LATENT
 from worldsim.maze.themes import Theme
 from worldsim.maze.two_copies import TwoCopies
 from worldsim.models.autoencoder import CausalAutoencoder, from_pictures
@@ -31,11 +32,13 @@ FORGOTTEN_WORDS = 0.15  # chance of each word of a prompt to be left out
 
 @dataclass(frozen=True)
 class LatentWalks:
-    """Encoded walks: latents ``[B, N, C, h, w]``, actions ``[B, N, A]``, themes ``[B, N, 4]``."""
+    """Encoded walks: latents ``[B, N, C, h, w]``, actions ``[B, N, A]``, themes ``[B, N, 4]`` and
+    the true pose at the end of each latent frame ``[B, N, 3]``."""
 
     latents: Tensor
     actions: Tensor
     themes: Tensor
+    poses: Tensor
 
 
 class FlowMatching(nn.Module):
@@ -85,7 +88,13 @@ def clip_batches(
 ) -> Callable[[int], dict[str, Tensor]]:
     """Random clips out of encoded walks, with every random number that the loss needs."""
     plan = recipe.dit
-    library = Library(recipe.dit_footage, lambda n: encode_walks(recipe, rank, autoencoder, n))
+    footage = recipe.dit_footage
+
+    def encode(number: int) -> LatentWalks:
+        seeds = (recipe.seed, 3, rank.index, number)
+        return encode_walks(recipe.size, footage, seeds, autoencoder, rank.device)
+
+    library = Library(footage, encode)
 
     def batch(step: int) -> dict[str, Tensor]:
         random = np.random.default_rng((recipe.seed, 4, rank.index, step))
@@ -99,7 +108,7 @@ def clip_batches(
         eps, context_eps = (
             torch.randn(clean.shape, generator=generator, device=clean.device) for _ in range(2)
         )
-        ids, prompt = _prompts(torch.stack(themes), words, step >= recipe.open_prompts_from, random)
+        ids, prompt = prompts(torch.stack(themes), words, step >= recipe.open_prompts_from, random)
         weight = torch.ones(plan.batch, plan.frames)
         weight[~torch.tensor(from_start), 0] = 0.0  # nothing leads up to that frame
         out = {
@@ -117,22 +126,29 @@ def clip_batches(
 
 
 def encode_walks(
-    recipe: Recipe, rank: Rank, autoencoder: CausalAutoencoder, number: int
+    size: tuple[int, int],
+    footage: Footage,
+    seeds: tuple[int, ...],
+    autoencoder: CausalAutoencoder,
+    device: str,
+    switches: float = 0.3,
 ) -> LatentWalks:
-    """One batch of training walks as the model sees them."""
-    footage = recipe.dit_footage
-    walks = make_walks(
-        footage.maps, footage.frames, (recipe.seed, 3, rank.index, number), rank.device
-    )
+    """One batch of training walks as the model sees them; for ``seeds`` see `make_walks`."""
+    walks = make_walks(footage.maps, footage.frames, seeds, device, switches)
     latents = []
-    with torch.inference_mode(), torch.autocast(torch.device(rank.device).type, torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16):
         for row in range(0, footage.maps, 4):
-            pictures = walks.pictures(0, footage.frames, recipe.size, slice(row, row + 4))
+            pictures = walks.pictures(0, footage.frames, size, slice(row, row + 4))
             z = autoencoder.normalised(autoencoder.encode_clip(from_pictures(pictures)))
             latents.append(z.transpose(1, 2).half())
     actions, _ = ACTIONS.actions(walks.keys.cpu().numpy())
     # Cloned out of inference mode, since training differentiates through what it makes of them.
-    return LatentWalks(torch.cat(latents).clone(), torch.from_numpy(actions), walks.themes.cpu())
+    return LatentWalks(
+        torch.cat(latents).clone(),
+        torch.from_numpy(actions),
+        walks.themes.cpu(),
+        walks.poses[:, ::PICTURES_PER_LATENT].cpu(),
+    )
 
 
 def _clip(
@@ -145,7 +161,7 @@ def _clip(
     return walks.latents[row, part], walks.actions[row, part], walks.themes[row, part], from_start
 
 
-def _prompts(
+def prompts(
     themes: Tensor, words: WordEncoder, open_ended: bool, random: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """Row numbers of two prompts a clip ``[2B, T]``, and which one each frame reads ``[B, F]``.

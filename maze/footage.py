@@ -45,13 +45,18 @@ class Walks:
         return render(self.mazes[rows], self.poses[rows, shown], themes, *size)
 
 
-def make_walks(maps_count: int, frames: int, seeds: tuple[int, ...], device: str) -> Walks:
-    """``seeds`` (any non-negative numbers) name the batch; the same ones give the same walks."""
+def make_walks(
+    maps_count: int, frames: int, seeds: tuple[int, ...], device: str, switches: float = 0.3
+) -> Walks:
+    """``seeds`` (any non-negative numbers) name the batch; the same ones give the same walks.
+
+    ``switches``: share of the walks whose theme changes once.
+    """
     random = np.random.default_rng(np.random.SeedSequence(seeds))
     mazes = maps(random.choice(TRAIN_SEEDS.stop, maps_count, replace=False).tolist()).to(device)
     seed = int(random.integers(2**31))
     walk = walks(mazes, mazes.start, frames, seed)
-    themes = theme_track(maps_count, frames, seed).to(device)
+    themes = theme_track(maps_count, frames, seed, switches).to(device)
     return Walks(mazes, walk.poses, walk.keys, themes)
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from worldsim.maze.themes import EMBLEM_COLOURS, EMBLEM_SHAPES
 
+SIZE = 16  # cells along a side of a map
 WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # by quarter turns to the right from +x
 
 
@@ -51,7 +52,7 @@ class MazeMaps:
         return MazeMaps(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def maps(seeds: Sequence[int], size: int = 16) -> MazeMaps:
+def maps(seeds: Sequence[int], size: int = SIZE) -> MazeMaps:
     """One map per seed, on the CPU; a pure function of each seed and the (even) size >= 6."""
     if size < 6 or size % 2:
         raise ValueError(f"a maze has an even size of at least 6, not {size}")

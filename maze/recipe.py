@@ -45,6 +45,8 @@ class Recipe:
         shift: timestep shift of the noise levels.
         context_noise: largest noise share given to a clip's context.
         open_prompts_from: DiT step from which prompts leave out any share of their words.
+        few_steps: denoising steps of the rollouts that stage three trains.
+        criticism: weight of the critic's opinion in stage three.
     """
 
     seed: int = 7
@@ -64,6 +66,12 @@ class Recipe:
     shift: float = 3.0
     context_noise: float = 0.2
     open_prompts_from: int = 0
+    own: Fit = field(
+        default_factory=lambda: Fit(steps=2400, batch=8, frames=12, muon=0.005, adam=1e-3)
+    )
+    own_footage: Footage = field(default_factory=lambda: Footage(24, 128, 3, 200))
+    few_steps: int = 2
+    criticism: float = 0.05
 
 
 CPU = Recipe(open_prompts_from=2167)
@@ -72,6 +80,8 @@ GPU = Recipe(
     autoencoder_footage=Footage(512, 40, 4, 100),
     dit=Fit(steps=40_000, batch=64, frames=28, muon=0.02),
     dit_footage=Footage(512, 128, 8, 200),
+    own=Fit(steps=20_000, batch=64, frames=28, muon=0.01, adam=1e-3),
+    own_footage=Footage(512, 192, 8, 200),
 )
 TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
     autoencoder=Fit(steps=4, batch=2, frames=3),
@@ -79,6 +89,8 @@ TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
     widths=(16, 16, 16),
     dit=Fit(steps=4, batch=2, frames=4),
     dit_footage=Footage(4, 12, 1, 10),
+    own=Fit(steps=2, batch=4, frames=5),
+    own_footage=Footage(4, 24, 1, 10),
     layers=2,
     heads=2,
     head_dim=16,

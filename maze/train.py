@@ -13,6 +13,7 @@ from worldsim.maze.autoencoder_stage import Reconstruction, picture_batches, set
 from worldsim.maze.dit_stage import FlowMatching, clip_batches
 from worldsim.maze.fitting import Rank, fit, launch
 from worldsim.maze.footage import make_walks
+from worldsim.maze.own_stage import OwnFrames, own_batches
 from worldsim.maze.recipe import Recipe
 from worldsim.maze.report import draw_rollouts, plot_losses
 from worldsim.maze.themes import IGNORED, SYNONYMS, VOCABULARY
@@ -23,6 +24,7 @@ from worldsim.models.words import WordEncoder
 from worldsim.world import World
 
 RECIPE = "recipe.json"
+SINK = 3  # latent frames of the start that a trained world remembers
 WORLD = "world"  # the folder, beside the checkpoints, that a world loads
 
 
@@ -49,6 +51,7 @@ def _train(index: int, ranks: int, recipe: Recipe, folder: Path, device: str) ->
     rank = Rank(index, ranks, device)
     autoencoder = _autoencoder(recipe, folder, rank)
     dit, words = _dit(recipe, folder, rank, autoencoder)
+    _own(recipe, folder, rank, autoencoder, dit, words)
     if rank.first:
         world = World(world_config(recipe), dit, autoencoder, words)
         world.to("cpu", torch.float16).save_pretrained(folder / WORLD)
@@ -64,10 +67,10 @@ def world_config(recipe: Recipe) -> WorldConfig:
         height=height,
         width=width,
         fps=16.0,
-        steps=6,
+        steps=recipe.few_steps,
         shift=recipe.shift,
         sampler="euler",
-        cache=f"sink=0,recent={recipe.dit.frames - 1}",
+        cache=f"sink={SINK},recent={recipe.own.frames - 1 - SINK}",
         actions=ACTIONS,
         prompt="red brick walls, grass floor, day, clear",
         controls="W*5 L*5 W*4 J*5 W*6 . L*10 W*6 J*5 W*5 D*3 A*3 J*5 W*6 S*4 L*5 W*6",
@@ -107,5 +110,19 @@ def _dit(
     dit.set_attention_backend(MATMUL if rank.device == "cpu" else NATIVE)
     batch = clip_batches(recipe, rank, autoencoder, words)
     fit("dit", FlowMatching(dit, words), batch, recipe.dit, folder, rank)
+    return dit, words
+
+
+def _own(
+    recipe: Recipe,
+    folder: Path,
+    rank: Rank,
+    autoencoder: CausalAutoencoder,
+    dit: CausalWanTransformer3DModel,
+    words: WordEncoder,
+) -> None:
+    torch.manual_seed(recipe.seed)
+    batch = own_batches(recipe, rank, autoencoder, words)
+    fit("own", OwnFrames(dit, words, recipe), batch, recipe.own, folder, rank)
     dit.set_attention_backend(NATIVE)
-    return dit.eval(), words.eval()
+    dit.eval(), words.eval()

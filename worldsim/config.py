@@ -64,6 +64,31 @@ class WorldConfig:
         count = self.steps if steps is None else steps
         return Schedule.uniform(count, self.shift, self.context_timestep)
 
+    def sampling(self, steps: int | None, line: str | None) -> tuple[Schedule, str]:
+        """A session's schedule and sampler.
+
+        Args:
+            steps: number of uniform steps, None for the world's own.
+            line: a sampler with or without its step list, as in ``euler`` or
+                ``renoise:1000,750,500,250``; None for the world's own.
+
+        Raises:
+            ValueError: for an unknown sampler, a bad step list, or both a list and a number.
+        """
+        if line is None:
+            return self.schedule(steps), self.sampler
+        sampler, colon, listed = line.partition(":")
+        if sampler not in SAMPLERS:
+            raise ValueError(
+                f"schedule: {line!r} must begin with one of {', '.join(SAMPLERS)}, "
+                "as in 'renoise:1000,750,500,250'"
+            )
+        if not colon:
+            return self.schedule(steps), sampler
+        if steps is not None:
+            raise ValueError(f"schedule: {line!r} lists its steps; leave out the number of steps")
+        return Schedule.listed(listed, self.shift, self.context_timestep), sampler
+
     def cache_config(self, line: str | None = None) -> CacheConfig:
         """The world's cache, or the one that ``line`` describes."""
         return CacheConfig.parse(self.cache if line is None else line, self.block_frames)

@@ -80,6 +80,20 @@ class Schedule:
         listed = tuple(TABLE_SIZE - (i * TABLE_SIZE) // steps for i in range(steps))
         return cls(listed, shift, context_timestep)
 
+    @classmethod
+    def listed(cls, line: str, shift: float, context_timestep: float = 0.0) -> "Schedule":
+        """The schedule of a step list, such as ``1000,750,500,250``.
+
+        Raises:
+            ValueError: for anything else than descending whole numbers in 1…1000.
+        """
+        parts = [part.strip() for part in line.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            raise ValueError(
+                f"schedule: a step list is written as '1000,750,500,250', not {line!r}"
+            )
+        return cls(tuple(map(int, parts)), shift, context_timestep)
+
     def step_list(self, block: int) -> tuple[int, ...]:
         """The step list of a block."""
         return self.first_steps[block] if block < len(self.first_steps) else self.steps

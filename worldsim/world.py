@@ -206,6 +206,7 @@ class World:
         seed: int = 0,
         steps: int | None = None,
         cache: str | None = None,
+        schedule: str | None = None,
     ) -> Session:
         """Open a live world.
 
@@ -214,17 +215,25 @@ class World:
             seed: names the noise.
             steps: denoising steps, None for the world's own.
             cache: a cache line, see `CacheConfig.parse`, None for the world's own.
+            schedule: a sampler and its step list, see `WorldConfig.sampling`.
         """
-        settings = self.settings(seed, steps, cache)
+        settings = self.settings(seed, steps, cache, schedule)
         return Session(self, settings, self.config.prompt if prompt is None else prompt)
 
-    def settings(self, seed: int, steps: int | None, cache: str | None) -> Settings:
+    def settings(
+        self,
+        seed: int = 0,
+        steps: int | None = None,
+        cache: str | None = None,
+        schedule: str | None = None,
+    ) -> Settings:
         """What a session is opened with: the world's own settings, but for what is given."""
+        listed, sampler = self.config.sampling(steps, schedule)
         return Settings(
             seed=seed,
-            schedule=self.config.schedule(steps),
+            schedule=listed,
             cache=self.config.cache_config(cache),
-            sampler=self.config.sampler,
+            sampler=sampler,
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
         )
@@ -239,6 +248,7 @@ class World:
         cache: str | None = None,
         decoding: bool = True,
         on_step: OnStep | None = None,
+        schedule: str | None = None,
     ) -> Iterator[Block]:
         """Blocks of a new session, one by one, for ever or ``blocks`` many.
 
@@ -249,6 +259,7 @@ class World:
                 world's own script over and over.
             decoding: False leaves ``block.frames`` empty for the caller to decode.
             on_step: sees every denoise cell and its predicted clean latents.
+            schedule: a sampler and its step list, see `WorldConfig.sampling`.
 
         Everything is checked at the call, before the first block.
         """
@@ -261,7 +272,7 @@ class World:
             self.text(segment.prompt)
         if any(segment.cut for segment in segments):
             raise ValueError("prompt: scene cuts (#) are not there yet; leave out the '#'")
-        settings, track = self.settings(seed, steps, cache), self._track(controls)
+        settings, track = self.settings(seed, steps, cache, schedule), self._track(controls)
         return self._blocks(settings, segments, track, blocks, decoding, on_step)
 
     def decoded(self, blocks: Iterable[Block]) -> Iterator[Block]:

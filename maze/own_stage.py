@@ -1,0 +1,232 @@
+"""Stage three: the DiT goes on from its own frames, in few steps, and learns to remember.
+
+What stage two saw was the truth; what a rollout sees is what it made itself. So half of the clips
+here get a context that the model has just made, frame by frame in few steps, and are asked for the
+truth all the same (self-forcing, for all frames at once instead of one after the other). Their last
+denoising step is also judged by a critic, since the mean of what may come next is a blur. The
+other half learns as in stage two, with contexts worn in the ways in which rollouts wear.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from worldsim.maze.clips import Clip, Clips
+from worldsim.maze.critic import Critic, losses
+from worldsim.maze.dit_stage import LatentWalks, encode_walks, prompts
+from worldsim.maze.fitting import Rank
+from worldsim.maze.footage import Library
+from worldsim.maze.layout import SIZE
+from worldsim.maze.recipe import Recipe
+from worldsim.maze.two_copies import TwoCopies
+from worldsim.models.autoencoder import CausalAutoencoder
+from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
+from worldsim.models.words import WordEncoder
+from worldsim.schedule import Schedule
+
+CLEAN_CONTEXT = 0.3  # share of clips whose context is not worn
+FINAL = 0.5  # share of an own clip's frames that train the last step of a rollout
+
+
+class OwnFrames(nn.Module):
+    """Flow matching on true and on own contexts, and a critic of the frames that come out."""
+
+    def __init__(
+        self, dit: CausalWanTransformer3DModel, words: WordEncoder, recipe: Recipe
+    ) -> None:
+        super().__init__()
+        self.dit = dit
+        self.words = words
+        self.critic = Critic(dit.config.in_channels)
+        self.criticism = recipe.criticism
+        schedule = Schedule.uniform(recipe.few_steps, recipe.shift)
+        self.levels = [(cell.sigma, cell.next_sigma) for cell in schedule.cells(0)]
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `own_batches` for the batch; the second half of its clips are own ones."""
+        clean, context = batch["latents"], worn(batch)
+        half, frames = len(clean) // 2, clean.shape[2]
+        keys, values = self.dit.encode_prompt(self.words(batch["ids"]))
+        actions, prompt, seen = batch["actions"], batch["prompt"], batch["seen"]
+        copies = self._copies(seen, clean)
+        told, sigma = batch["context_told"].clone(), batch["sigma"].clone()
+        noisy = mixed(clean, batch["eps"], sigma)
+
+        def flow(x: Tensor, level: Tensor, before: Tensor, said: Tensor, rows: slice) -> Tensor:
+            conditioning = Conditioning(
+                keys, values, prompt[rows].repeat(1, 2), actions[rows].repeat(1, 2, 1)
+            )
+            context = copies if rows == ALL else self._copies(seen[rows], clean)
+            timestep = 1000 * torch.cat((said, level), dim=1)
+            both = torch.cat((before, x), dim=2)
+            return self.dit(both, timestep, conditioning, context)[:, :, frames:].float()
+
+        with torch.no_grad():
+            own = slice(half, None)
+            before, said = context[own], told[own]
+            first, second = batch["own_eps"][:, own]
+            made = self._steps(flow, first, self.levels, before, said, own)
+            given = batch["given"][own][:, None, :, None, None]
+            before = torch.where(given, before, made)
+            said = said * batch["given"][own]
+            last = self._steps(flow, second, self.levels[:-1], before, said, own)
+            final = batch["final"][own]
+            noisy[own] = torch.where(final[:, None, :, None, None], last, noisy[own])
+            sigma[own] = torch.where(final, self.levels[-1][0], sigma[own])
+            context = torch.cat((context[:half], before))
+            told[own] = said
+
+        spread = sigma[:, None, :, None, None]
+        predicted = flow(noisy, sigma, context, told, ALL)
+        error = (predicted - (noisy - clean) / spread).square().mean(dim=(1, 3, 4))
+        weight = batch["weight"]
+        x0 = (noisy - spread * predicted).transpose(1, 2)
+        judged = batch["final"] & (weight > 0)
+        judged[:half] = False
+        true, shown = clean.transpose(1, 2)[judged], x0[judged]
+        noise = batch["context_eps"].transpose(1, 2)[judged]
+        maker, critic = losses(self.critic, true, shown, batch["themes"][judged], noise)
+        taught, own_error = error[:half], error[half:]
+        flow_loss = (error * weight).sum() / weight.sum()
+        return {
+            "loss": flow_loss + self.criticism * maker + critic,
+            "taught": (taught * weight[:half]).sum() / weight[:half].sum(),
+            "own": (own_error * weight[half:]).sum() / weight[half:].sum(),
+            "maker": maker,
+            "critic": critic,
+            "detail": detail(shown) / detail(true),
+        }
+
+    def _steps(
+        self,
+        flow: Callable[..., Tensor],
+        x: Tensor,
+        levels: Sequence[tuple[float, float]],
+        before: Tensor,
+        said: Tensor,
+        rows: slice,
+    ) -> Tensor:
+        """Every frame as a rollout makes it, through these levels (each with the following one)."""
+        for sigma, following in levels:
+            level = x.new_full((x.shape[0], x.shape[2]), sigma)
+            x = x + (following - sigma) * flow(x, level, before, said, rows)
+        return x
+
+    def _copies(self, seen: Tensor, clean: Tensor) -> TwoCopies:
+        grid = self.dit.grid(*clean.shape[-2:])
+        return TwoCopies(seen, grid, self.dit.config.attention_head_dim)
+
+
+ALL = slice(None)
+
+
+def mixed(clean: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """Latents ``[B, C, F, h, w]`` at a noise level for each frame ``[B, F]``."""
+    share = sigma[:, None, :, None, None]
+    return (1 - share) * clean + share * eps
+
+
+def worn(batch: Mapping[str, Tensor]) -> Tensor:
+    """The clips' contexts after what rollouts do to them: blur, fade, shift of colour, noise
+    (the simulated drift of Helios)."""
+    clean = batch["latents"]
+    flat = clean.transpose(1, 2).flatten(0, 1)
+    padded = F.pad(flat, (1, 1, 1, 1), mode="replicate")
+    blurred = F.avg_pool2d(padded, 3, stride=1).unflatten(0, (len(clean), -1)).transpose(1, 2)
+    share = batch["blur"][:, None, :, None, None]
+    x = (1 - share) * clean + share * blurred
+    x = x * batch["gain"][:, :, None, None, None] + batch["offset"][:, :, None, None, None]
+    return mixed(x, batch["context_eps"], batch["context_sigma"])
+
+
+def detail(frames: Tensor) -> Tensor:
+    """Spread of the differences of neighbouring latent pixels: what a blur loses."""
+    x = frames.detach()
+    return (x.diff(dim=-1).square().mean() + x.diff(dim=-2).square().mean()).sqrt()
+
+
+def own_batches(
+    recipe: Recipe, rank: Rank, autoencoder: CausalAutoencoder, words: WordEncoder
+) -> Callable[[int], dict[str, Tensor]]:
+    """Clips as `Clips` draws them, with every random number that the losses need."""
+    plan, footage = recipe.own, recipe.own_footage
+
+    def encode(number: int) -> tuple[LatentWalks, Clips]:
+        seeds = (recipe.seed, 6, rank.index, number)
+        walks = encode_walks(recipe.size, footage, seeds, autoencoder, rank.device, switches=0.5)
+        return walks, Clips(walks.poses, walks.themes, plan.frames, SIZE)
+
+    library = Library(footage, encode)
+
+    def batch(step: int) -> dict[str, Tensor]:
+        random = np.random.default_rng((recipe.seed, 7, rank.index, step))
+        held = library.at(step)
+        latents, actions, themes, clips = [], [], [], []
+        for _ in range(plan.batch):
+            walks, source = held[random.integers(len(held))]
+            clip = source.draw(random)
+            latents.append(walks.latents[clip.row, clip.frames])
+            actions.append(walks.actions[clip.row, clip.frames])
+            themes.append(walks.themes[clip.row, clip.frames])
+            clips.append(clip)
+        clean = torch.stack(latents).float().transpose(1, 2)
+        generator = torch.Generator(clean.device).manual_seed(int(random.integers(2**62)))
+        eps, context_eps, *own_eps = (
+            torch.randn(clean.shape, generator=generator, device=clean.device) for _ in range(4)
+        )
+        ids, prompt = prompts(torch.stack(themes), words, True, random)
+        out = {
+            "actions": torch.stack(actions),
+            "themes": torch.stack(themes),
+            "ids": ids,
+            "prompt": prompt,
+            **_frames(clips, plan.frames, random),
+            **_wear(recipe, clean.shape, random),
+        }
+        moved = {key: value.to(rank.device) for key, value in out.items()}
+        noise = {"eps": eps, "context_eps": context_eps, "own_eps": torch.stack(own_eps)}
+        return {"latents": clean, **noise, **moved}
+
+    return batch
+
+
+def _frames(clips: list[Clip], frames: int, random: np.random.Generator) -> dict[str, Tensor]:
+    """What each frame sees, counts for, and whether its place in an own context is given."""
+    index = np.arange(frames)
+    remembered = np.array([clip.remembered for clip in clips])[:, None]
+    from_start = np.array([clip.frames[0] == 0 for clip in clips])[:, None]
+    # Remembered frames have nothing before them that leads there, nor has the first of a run.
+    weight = (index >= remembered) & ((index > 0) | from_start)
+    window = np.where(random.random(len(clips)) < 0.5, frames, random.integers(3, frames, len(clips)))
+    back = index[:, None] - index[None, :]
+    seen = (back > 0) & ((back <= window[:, None, None]) | (index < remembered)[:, None, :])
+    return {
+        "weight": torch.from_numpy(weight).float(),
+        "given": torch.from_numpy(index <= remembered),
+        "final": torch.from_numpy(random.random((len(clips), frames)) < FINAL),
+        "seen": torch.from_numpy(seen),
+    }
+
+
+def _wear(
+    recipe: Recipe, shape: tuple[int, ...], random: np.random.Generator
+) -> dict[str, Tensor]:
+    """Noise levels of the frames, and how worn each context is."""
+    clips, channels, frames = shape[:3]
+    u = random.random((clips, frames))
+    used = random.random((clips, 1)) >= CLEAN_CONTEXT
+    noise = used * recipe.context_noise * random.random((clips, 1)) * random.random((clips, frames))
+    blur = used * random.random((clips, 1)) * random.random((clips, frames))
+    blur *= random.random((clips, 1)) < 0.5
+    wear = {
+        "sigma": np.maximum(recipe.shift * u / (1 + (recipe.shift - 1) * u), 0.02),
+        "context_sigma": noise,
+        "context_told": noise * (random.random((clips, 1)) >= 0.5),
+        "blur": blur,
+        "gain": 1 + used * 0.1 * random.standard_normal((clips, channels)),
+        "offset": used * 0.07 * random.standard_normal((clips, channels)),
+    }
+    return {key: torch.from_numpy(value).float() for key, value in wear.items()}
