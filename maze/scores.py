@@ -11,7 +11,8 @@ from torch import Tensor
 
 from worldsim.maze.looks import Looks
 from worldsim.maze.themes import WALLS
-from worldsim.maze.truth import FIRST, FORKS, GIVEN, Truth, motion, psnr, sharpness
+from worldsim.maze.truth import FIRST, FORKS, GIVEN, Truth
+from worldsim.metrics import motion, psnr, sharpness
 from worldsim.models.autoencoder import GROUP, from_pictures, to_pictures
 from worldsim.session import Session
 from worldsim.world import World

@@ -93,25 +93,3 @@ def held_out(count: int, latents: int, size: tuple[int, int], first_seed: int = 
         keys[-1][0] = False  # what led to the first picture is before this stream
     themes = theme_track(count, 1, seed, switch_probability=0.0)[:, 0]
     return Truth(mazes, torch.stack(poses), torch.stack(keys), themes, size)
-
-
-def psnr(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
-    """PSNR in dB of two uint8 clips of one shape, over all their pictures.
-
-    At most 48.1: an error of one level is the finest that counts, so that a second in which
-    nothing moves cannot swamp a mean.
-    """
-    x, y = (torch.as_tensor(clip).to(torch.float64) for clip in (a, b))
-    error = float((x - y).square().mean())
-    return 10 * float(np.log10(255.0**2 / max(error, 1.0)))
-
-
-def sharpness(clip: Tensor | np.ndarray) -> float:
-    """Mean absolute difference of neighbouring pixels, 0…255."""
-    x = torch.as_tensor(clip).to(torch.float32)
-    return float(x.diff(dim=-2).abs().mean() + x.diff(dim=-3).abs().mean()) / 2
-
-
-def motion(clip: Tensor | np.ndarray) -> float:
-    """Mean absolute difference of successive pictures, 0…255."""
-    return float(torch.as_tensor(clip).to(torch.float32).diff(dim=0).abs().mean())
