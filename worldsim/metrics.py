@@ -4,6 +4,7 @@ A clip is uint8 ``[P, H, W, 3]``, a torch tensor or a numpy array: P pictures of
 Anything else is refused with a `ValueError`, since a float clip in 0…1 would give a wrong figure.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Clip: TypeAlias = Tensor | NDArray[Any]
+LEVELS = 255.0  # from black to white
+LEAST_SIDE = 6  # pixels that the window of `ssim` needs, borders mirrored
 
 
 def psnr(a: Clip, b: Clip) -> float:
@@ -22,7 +25,25 @@ def psnr(a: Clip, b: Clip) -> float:
     """
     x, y = (clip.to(torch.float64) for clip in _pair(a, b))
     error = float((x - y).square().mean())
-    return 10 * float(np.log10(255.0**2 / max(error, 1.0)))
+    return 10 * float(np.log10(LEVELS**2 / max(error, 1.0)))
+
+
+def ssim(a: Clip, b: Clip) -> float:
+    """Structural similarity of two clips of one shape: the mean over pictures, 1 for equal ones.
+
+    That of Wang et al. 2004 as torchmetrics computes it: a Gaussian window of 11 × 11 pixels for
+    each channel, borders mirrored (which asks for 6 or more pixels a side).
+    """
+    # Here, not above: torchmetrics loads for seconds.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    x, y = (clip.permute(0, 3, 1, 2) for clip in _pair(a, b))
+    if min(x.shape[-2:]) < LEAST_SIDE:
+        raise ValueError(f"ssim needs {LEAST_SIDE} or more pixels a side, got {list(x.shape[-2:])}")
+    total = 0.0
+    for ours, theirs in zip(x.double().split(1), y.double().split(1), strict=True):  # less memory
+        total += float(structural_similarity_index_measure(ours, theirs, data_range=LEVELS))
+    return total / len(x)
 
 
 def sharpness(clip: Clip) -> float:
@@ -34,6 +55,48 @@ def sharpness(clip: Clip) -> float:
 def motion(clip: Clip) -> float:
     """Mean absolute difference of successive pictures, 0…255."""
     return float(_checked(clip, least=2).to(torch.float32).diff(dim=0).abs().mean())
+
+
+def colour(clip: Clip) -> Tensor:
+    """Mean colour, float64 ``[3]``, 0…255."""
+    return _levels(clip).mean(dim=1)
+
+
+def colour_distance(a: Clip, b: Clip) -> float:
+    """How far apart the colours of two clips are, 0…255; their sizes may differ.
+
+    The difference of the means plus half of the difference of the standard deviations, averaged
+    over channels. Where a colour stands does not count: a cast or a fade shows, blur hardly does,
+    nor does another view of the same things.
+    """
+    x, y = _levels(a), _levels(b)
+    means = (x.mean(dim=1) - y.mean(dim=1)).abs()
+    spreads = (x.std(dim=1, correction=0) - y.std(dim=1, correction=0)).abs()
+    return float((means + spreads / 2).mean())
+
+
+def vde(values: Sequence[float]) -> float:
+    """Video Drift Error of a figure over N equal parts of a video, 0 where it never changes.
+
+    As LV-Bench defines it, ``Σ (N - i + 1) · |mᵢ - m₁| / m₁`` for i = 2…N: early drift weighs most,
+    since all that follows is built on it.
+
+    Raises:
+        ValueError: for fewer than two parts, or a first one that is not above 0.
+    """
+    if len(values) < 2:
+        raise ValueError(f"drift needs two or more parts of a video, got {len(values)}")
+    first = values[0]
+    if not first > 0:
+        raise ValueError(f"drift is relative to the first part, which must be above 0, got {first}")
+    weights = range(len(values) - 1, 0, -1)
+    drifts = (abs(value - first) / first for value in values[1:])
+    return sum(weight * drift for weight, drift in zip(weights, drifts, strict=True))
+
+
+def _levels(clip: Clip) -> Tensor:
+    """All pixels of each channel, float64 ``[3, P · H · W]``."""
+    return _checked(clip).to(torch.float64).flatten(0, 2).T
 
 
 def _pair(a: Clip, b: Clip) -> tuple[Tensor, Tensor]:
