@@ -19,7 +19,7 @@ from torch import Tensor
 from worldsim.bundle import auto_dtype, check_device, locate
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
-from worldsim.controls import IDLE, ActionSpec, Keys, PromptSegment, parse_prompts
+from worldsim.controls import ActionSpec, Keys, parse_prompts
 from worldsim.models.attention import NATIVE
 from worldsim.models.autoencoder import GROUP, Carry, CausalAutoencoder
 from worldsim.models.transformer import CausalWanTransformer3DModel
@@ -28,6 +28,7 @@ from worldsim.models.words import WordEncoder
 from worldsim.output import OUTPUTS, WorldOutput, as_output
 from worldsim.rollout import OnStep
 from worldsim.schedule import Cell
+from worldsim.script import Script
 from worldsim.session import Block, Session, decode
 
 TRANSFORMER, DECODER, TEXT = "transformer", "vae", "text_encoder"
@@ -265,6 +266,18 @@ class World:
         """
         if blocks is not None and blocks < 1:
             raise ValueError(f"a stream needs at least one block, got {blocks}")
+        script = self.script(prompt, controls)
+        settings = self.settings(seed, steps, cache, schedule)
+        return self._blocks(settings, script, blocks, decoding, on_step)
+
+    def script(
+        self, prompt: str | None = None, controls: str | Sequence[Keys] | None = None
+    ) -> Script:
+        """Prompts and controls over time as `stream` takes them.
+
+        Raises:
+            ValueError: for what this world does not know, and for scene cuts.
+        """
         segments = parse_prompts(
             self.config.prompt if prompt is None else prompt, self.latents_per_second
         )
@@ -272,8 +285,12 @@ class World:
             self.text(segment.prompt)
         if any(segment.cut for segment in segments):
             raise ValueError("prompt: scene cuts (#) are not there yet; leave out the '#'")
-        settings, track = self.settings(seed, steps, cache, schedule), self._track(controls)
-        return self._blocks(settings, segments, track, blocks, decoding, on_step)
+        wanted = self.config.controls if controls is None else controls
+        if isinstance(wanted, str):
+            keys = self.actions.parse(wanted)
+        else:
+            keys = tuple(self.actions.resolve(held) for held in wanted)
+        return Script(segments, keys, repeated=controls is None)
 
     def decoded(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """Decode a stream's blocks (made with ``decoding=False``) as they come, in order."""
@@ -285,36 +302,17 @@ class World:
     def _blocks(
         self,
         settings: Settings,
-        segments: Sequence[PromptSegment],
-        track: Callable[[int], Keys],
+        script: Script,
         blocks: int | None,
         decoding: bool,
         on_step: OnStep | None,
     ) -> Iterator[Block]:
-        with Session(self, settings, segments[0].prompt) as session:
+        with Session(self, settings, script.prompt(0)) as session:
             while blocks is None or session.block < blocks:
-                current = [s.prompt for s in segments if s.start <= session.frame]
-                session.control(prompt=current[-1])
-                frames = range(session.frame, session.frame + self.config.block_frames)
-                block = session.denoise([track(frame) for frame in frames], on_step)
+                session.control(prompt=script.prompt(session.frame))
+                keys = script.held(session.frame, self.config.block_frames)
+                block = session.denoise(keys, on_step)
                 yield session.decode(block) if decoding else block
-
-    def _track(self, controls: str | Sequence[Keys] | None) -> Callable[[int], Keys]:
-        """Held keys by absolute latent frame."""
-        own = controls is None
-        script = self.config.controls if controls is None else controls
-        if isinstance(script, str):
-            keys = self.actions.parse(script)
-        else:
-            keys = tuple(self.actions.resolve(held) for held in script)
-
-        def held(frame: int) -> Keys:
-            if frame == 0 or not keys:
-                return IDLE
-            index = (frame - 1) % len(keys) if own else frame - 1
-            return keys[index] if index < len(keys) else IDLE
-
-        return held
 
     def blocks_for(self, pictures: int) -> int:
         """Blocks that hold at least ``pictures`` pictures.
