@@ -128,6 +128,42 @@ def evaluate(
     run(EvaluateOptions(world, states, steps, cache, dtype, device, threads, sheet, json))
 
 
+@app.command(
+    epilog="Example:  worldsim compare steps=2 'steps=6 cache=recent=11' --controls 'W*12 L*5'"
+    " --seconds 20 --out side.mp4"
+)
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="A setting: 'default', or any of world=, steps=, cache=, schedule=, dtype=.",
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The setting to hold against it.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Plain words; over time: 'red brick[4s] | night[4s]'.")
+    ] = None,
+    controls: Annotated[
+        str | None, typer.Option(help="Script of held keys per latent frame, e.g. 'W*12 WJ*4'.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Length; default: the script, else 20 seconds.")
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[str | None, typer.Option(help="Video of both, side by side.")] = None,
+    scale: Annotated[int, typer.Option(help="Enlarge every pixel; default: up to 256 lines.")] = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+) -> None:
+    """Run two settings on one seed and one script: likeness by second, drift, speed, memory."""
+    with _loading():
+        from worldsim.apps.compare import CompareOptions, run
+
+    run(CompareOptions(a, b, prompt, controls, seconds, seed, out, scale, device, threads, json))
+
+
 @app.command(epilog="Example:  worldsim sheet maze.png --seed 3")
 def sheet(
     out: Annotated[Path, typer.Argument(help="PNG file.")],

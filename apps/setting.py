@@ -10,6 +10,8 @@ from itertools import product
 from worldsim.session import Session
 from worldsim.world import World
 
+DEFAULT = "default"  # how the setting is written in which nothing is given
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -32,13 +34,14 @@ class Setting:
     @classmethod
     def parse(cls, line: str) -> "Setting":
         """Read ``steps=2 cache=sink=3,recent=8 dtype=float32``; spaces separate, order is free.
+        ``default``, or nothing at all, is the default setting.
 
         Raises:
             ValueError: for an unknown name, one given twice, or a value that cannot be.
         """
         known = [field.name for field in fields(cls)]
         values: dict[str, str] = {}
-        for part in line.split():
+        for part in () if line.strip() == DEFAULT else line.split():
             name, equals, value = part.partition("=")
             if name not in known or not equals or not value:
                 raise ValueError(
@@ -60,7 +63,7 @@ class Setting:
             for field in fields(self)
             if getattr(self, field.name) != getattr(default, field.name)
         ]
-        return " ".join(given) or "default"
+        return " ".join(given) or DEFAULT
 
     def session(self, world: World, prompt: str | None = None, seed: int = 0) -> Session:
         """Open a session of ``world`` with these settings."""

@@ -42,7 +42,9 @@ def ssim(a: Clip, b: Clip) -> float:
         raise ValueError(f"ssim needs {LEAST_SIDE} or more pixels a side, got {list(x.shape[-2:])}")
     total = 0.0
     for ours, theirs in zip(x.double().split(1), y.double().split(1), strict=True):  # less memory
-        total += float(structural_similarity_index_measure(ours, theirs, data_range=LEVELS))
+        likeness = structural_similarity_index_measure(ours, theirs, data_range=LEVELS)
+        assert isinstance(likeness, Tensor), "a pair comes only where one asks for it"
+        total += float(likeness)
     return total / len(x)
 
 

@@ -1,0 +1,114 @@
+"""One of two streams that are compared: a session that plays a script, and what it costs."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldsim.apps.drift import Drift
+from worldsim.apps.setting import Setting
+from worldsim.cache.context import Context
+from worldsim.models.autoencoder import GROUP
+from worldsim.script import Script
+from worldsim.session import Session
+from worldsim.streaming.sinks import Frames
+from worldsim.world import World
+
+PARTS = ("denoise", "commit", "decode")
+WARM_UP = 24  # blocks that are not timed; of a short stream a quarter
+
+
+class Side:
+    """Makes blocks, one by one, each part timed by itself; hands their frames out as asked.
+
+    Attributes:
+        drift: what has been handed out, looked at.
+        made: pictures made so far.
+    """
+
+    def __init__(self, setting: Setting, world: World, script: Script, seed: int) -> None:
+        self.setting = setting
+        self.world = world
+        self.session = setting.session(world, script.prompt(0), seed)
+        self.drift = Drift(world.config.fps)
+        self.made = 0
+        self._script = script
+        self._ms: dict[str, list[float]] = {part: [] for part in PARTS}
+        self._waiting: Frames = np.empty((0, world.config.height, world.config.width, 3), np.uint8)
+
+    def step(self) -> None:
+        """Make the next block; what comes before the next block is its own work, as in a stream."""
+        session = self.session
+        session.control(prompt=self._script.prompt(session.frame))
+        keys = self._script.held(session.frame, self.world.config.block_frames)
+        with self._timed("commit"):
+            session.settle()
+        with self._timed("denoise"):
+            block = session.denoise(keys)
+        with self._timed("decode"):
+            session.decode(block)
+        self._waiting = np.concatenate([self._waiting, block.frames])
+        self.made += len(block.frames)
+
+    def take(self, count: int) -> Frames:
+        """The next ``count`` frames, uint8 ``[count, H, W, 3]``."""
+        frames, self._waiting = np.split(self._waiting, [count])
+        self.drift.add(frames)
+        return frames
+
+    def figures(self) -> dict[str, Any]:
+        """The setting, and what it cost: median milliseconds of a block by part, pictures per
+        second of that, bytes; drift. None is what a stream is too short for.
+        """
+        settings = self.session.settings
+        blocks = len(self._ms["denoise"])
+        timed = blocks - max(1, min(WARM_UP, blocks // 4))
+        ms = {part: median(times[-timed:]) for part, times in self._ms.items()} if timed > 0 else {}
+        whole = zip(*(times[-timed:] for times in self._ms.values()), strict=True)
+        pictures = GROUP * self.world.config.block_frames
+        return {
+            "setting": str(self.setting),
+            "world": self.setting.world,
+            "steps": list(settings.schedule.steps),
+            "sampler": settings.sampler,
+            "cache": settings.cache.line(),
+            "dtype": settings.dtype,
+            "ms": ms or None,
+            "fps": 1e3 * pictures / median(map(sum, whole)) if ms else None,
+            "timed_blocks": max(0, timed),
+            "bytes": session_bytes(self.session),
+            "drift": self.drift.figures(),
+        }
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Times what the device really does: it is waited for, before and after."""
+        self._wait()
+        began = time.perf_counter()
+        yield
+        self._wait()
+        self._ms[part].append(1e3 * (time.perf_counter() - began))
+
+    def _wait(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+
+
+def session_bytes(session: Session) -> dict[str, int]:
+    """Bytes of one session, which the weights and the encoded prompts of its world are not.
+
+    ``pages``: what it was promised of the world's pool, or holds where nothing is ever evicted;
+    ``view``: the rotated copies that attention reads; ``carry``: what the decoder remembers.
+    """
+    pool, context = session.context.pool, session.context
+    promised = Context.pages_needed(context.config, session.world.config.block_frames)
+    page = pool.nbytes // (pool.used_pages + pool.free_pages)
+    return {
+        "pages": page * max(promised, len(context.table)),
+        "view": session.view.nbytes,
+        "carry": sum(tensor.nbytes for tensor in session.carry or ()),
+    }
