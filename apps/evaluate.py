@@ -1,40 +1,103 @@
-"""`worldsim evaluate`: scores against the simulator, with intervals, beside their baselines."""
+"""`worldsim evaluate`: the scoreboard. Scores against the simulator, one row for each setting."""
 
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from worldsim.apps.opening import open_world
 from worldsim.apps.report import machine, print_table, write_json
-from worldsim.maze import scores
-from worldsim.maze.looks import learn_looks
+from worldsim.apps.setting import Setting
+from worldsim.maze.board import Material, material, score
+from worldsim.maze.corruptions import FAULTS
+from worldsim.maze.measures import MEASURES
 from worldsim.maze.report import rollout_sheet
-from worldsim.maze.truth import GIVEN, held_out
-from worldsim.session import Session
+from worldsim.maze.streams import Played, Simulated, Subject, reconstructed
+from worldsim.metrics import psnr
 from worldsim.streaming.sinks import check_writable
 from worldsim.world import World
 
-SECONDS = 4
-LONG = 60
 SHEET_ROWS = 10
+CODED = 60  # walks through the autoencoder
+WARM_UP, TIMED = 16, 48  # blocks
+TABLE = (  # README's
+    Setting(),
+    *(Setting(steps=steps) for steps in (1, 4, 8)),
+    Setting(cache="recent=11"),
+    Setting(cache="sink=3,recent=4"),
+    Setting(dtype="float32"),
+)
+IN_MARKDOWN = (
+    "second 1", "forks", "return", "return, swapped", "change shown", "sharpness", "motion",
+    "late forks", "fps", "bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """What the command line was given."""
 
-    world: str
+    settings: tuple[Setting, ...]
+    measures: tuple[str, ...]  # none: all
     states: int
-    steps: int | None
-    cache: str | None
-    dtype: str
     device: str
-    threads: int | None
+    processes: int | None
+    self_test: bool
     sheet: Path | None
     json: Path | None
+    markdown: Path | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One score of the table: what it is called, in which unit, and what stands beside it."""
+
+    score: str
+    title: str
+    unit: str
+    scale: float = 1.0
+    beside: str = ""  # another score, or plain words
+
+
+def columns(given: Material) -> list[Column]:
+    """The table, in order; scores that were not taken are left out."""
+    looks, inverse = given.readers.looks, given.readers.inverse
+    themes, attributes = f"truth {100 * looks.themes:.0f}", f"truth {100 * looks.attributes:.0f}"
+    turn, advance = (f"truth {100 * share:.1f}" for share in inverse.accuracy)
+    return [
+        Column("autoencoder", "autoencoder", "dB"),
+        *(
+            Column(f"second {s}", f"rollout, second {s}", "dB", beside=f"frozen {s}")
+            for s in (1, 2, 4)
+        ),
+        Column("forks", "forks", "%", 100, "chance 20"),
+        Column("turn seen", "turn in the pictures", "%", 100, turn),
+        Column("advance seen", "advance in the pictures", "%", 100, advance),
+        Column("return", "return", "dB", beside="return, other map"),
+        Column("return, swapped", "return, pages swapped", "dB"),
+        Column("prompt", "prompt, attributes", "%", 100, attributes),
+        Column("one word", "prompt of one word", "%", 100, "chance 25"),
+        Column("change", "prompt changed, attributes", "%", 100, attributes),
+        Column("change shown", "prompt changed, theme", "%", 100, themes),
+        Column("sharpness, first", "sharpness, first 10 s", "× true"),
+        Column("sharpness", "sharpness, last 10 of 60 s", "× true"),
+        Column("motion, first", "motion, first 10 s", "× true"),
+        Column("motion", "motion, last 10 of 60 s", "× true"),
+        Column("colour, first", "colour off, first 10 s", "levels"),
+        Column("colour", "colour off, last 10 of 60 s", "levels"),
+        Column("theme", "theme kept, last 10 of 60 s", "%", 100, attributes),
+        Column("drift error", "drift error (VDE)", ""),
+        Column("late forks", "forks, last 10 of 60 s", "%", 100, "chance 11"),
+        Column("fps", "speed, one process", "fps"),
+        Column("bytes", "context", "KiB", 1 / 1024),
+    ]
 
 
 def run(options: EvaluateOptions) -> None:
@@ -45,111 +108,185 @@ def run(options: EvaluateOptions) -> None:
     """
     if options.states < 8:
         raise ValueError(f"--states must be 8 or more to mean anything, got {options.states}")
-    for path in (options.sheet, options.json):
+    if options.processes is not None and not 1 <= options.processes <= 1024:
+        raise ValueError(f"--processes must be 1 or more, got {options.processes}")
+    for path in (options.sheet, options.json, options.markdown):
         if path is not None:
             check_writable(path)
     if options.sheet is not None and options.sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet is a PNG file, got {str(options.sheet)!r}")
-    world = open_world(options.world, options.dtype, options.device, options.threads)
-    if world.config.name != "maze":
-        raise ValueError(
-            f"only the maze has a simulator to score against, not {world.config.name!r}"
-        )
-    if world.config.block_frames != 1 or world.config.fps != 16:
-        raise ValueError("the scores are made for blocks of one latent frame at 16 fps")
-    figures = evaluate(world, options)
-    rows = [
-        [name, f"{value['mean']:.2f} ± {value['ci95']:.2f}", value["unit"], value["beside"]]
-        for name, value in figures["scores"].items()
-    ]
-    columns = ("score", "mean ± 95 %", "unit", "beside it")
-    print_table(f"{options.world} on held-out maps", columns, rows)
-    write_json(options.json, figures)
+    size = _check(options)
+    with Console(stderr=True).status("reading what is true on held-out maps"):
+        given = material(size, options.states, options.measures or tuple(MEASURES))
+    processes = options.processes or (1 if options.device != "cpu" else os.cpu_count() or 1)
+    if options.self_test:
+        found = check_scores(given, processes)
+    else:
+        found = evaluate(options, given, processes)
+    shown = [c for c in columns(given) if any(c.score in row for row in found.values())]
+    if len(found) == 1:
+        _print_one(next(iter(found.items())), shown)
+    else:
+        _print_rows(found, shown)
+    write_json(options.json, _figures(options, found, shown))
+    if options.markdown is not None:
+        options.markdown.write_text(_markdown(found, shown))
 
 
-def evaluate(world: World, options: EvaluateOptions) -> dict[str, Any]:
-    """Every score of the scoreboard as one dictionary; writes the contact sheet on the way."""
-    size = (world.config.height, world.config.width)
-    states, some, few = options.states, max(8, options.states // 2), max(8, options.states // 20)
+def _check(options: EvaluateOptions) -> tuple[int, int]:
+    """Open every setting once, so that a bad one is told before any work."""
+    sizes = set()
+    for setting in options.settings:
+        world = open_world(setting.world, setting.dtype, options.device, 1)
+        if world.config.actions is None or world.config.fps != 16 or world.config.block_frames != 1:
+            raise ValueError(
+                f"only a maze (blocks of one latent frame, 16 fps) has a simulator to score "
+                f"against, not {setting.world!r}"
+            )
+        setting.session(world).close()
+        sizes.add((world.config.height, world.config.width))
+    if len(sizes) > 1:
+        raise ValueError(f"worlds of one size can be set side by side, not {sorted(sizes)}")
+    return sizes.pop()
 
-    def open_session(prompt: str, seed: int) -> Session:
-        return world.session(prompt, seed, options.steps, options.cache)
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+Row = Mapping[str, np.ndarray]
 
-        def note(name: str, total: int) -> scores.Note:
-            task = progress.add_task(name, total=total)
-            return lambda: progress.advance(task)
 
-        truth = held_out(states, GIVEN + scores.SECOND * SECONDS, size)
-        ceiling = scores.reconstruction(world, truth, note("autoencoder", states))
-        model, frozen, clips = scores.rollouts(
-            open_session, truth, SECONDS, note("rollout", states)
-        )
-        if options.sheet is not None:
-            rollout_sheet(truth, clips[:SHEET_ROWS]).save(options.sheet)
-        forks, walked = scores.control_following(
-            open_session, held_out(8 * states, GIVEN, size, 10_000), states, note("forks", states)
-        )
-        looks = learn_looks(size)
-        asked = held_out(some, 1 + 3 * scores.SECOND, size, 30_000)
-        prompts = scores.prompt_response(open_session, asked, looks, note("prompts", some))
-        far = held_out(few, GIVEN + scores.SECOND * LONG, size, 20_000)
-        long = scores.long_walks(open_session, far, LONG, looks, note(f"{LONG} s walks", few))
-    rows = _short_rows(ceiling, model, frozen, forks)
-    rows |= _prompt_rows(prompts, looks.accuracy) | _long_rows(long)
+def evaluate(options: EvaluateOptions, given: Material, processes: int) -> dict[str, Row]:
+    """Every score of every setting, ``{setting: {score: one value for each walk}}``."""
+    found: dict[str, Row] = {}
+    with _progress() as progress:
+        for setting in options.settings:
+            task = progress.add_task(str(setting), total=given.total)
+            note: Callable[[], None] = partial(progress.advance, task)
+            world = open_world(setting.world, setting.dtype, options.device, 1)
+            alone = {**_speed(world, setting), **_ceiling(world, given)}
+            scores = score(partial(_open, setting, options.device), given, processes, note)
+            found[str(setting)] = {**scores, **alone}
+            if options.sheet is not None:
+                _sheet(options.sheet, _subject(world, setting), given)
+    return found
+
+
+def _open(setting: Setting, device: str) -> Subject:
+    return _subject(open_world(setting.world, setting.dtype, device, 1), setting)
+
+
+def _subject(world: World, setting: Setting) -> Played:
+    return Played(lambda prompt, seed: setting.session(world, prompt, seed))
+
+
+def _speed(world: World, setting: Setting) -> Row:
+    """Pictures per second, parts in sequence on one thread, and bytes of the context."""
+    with setting.session(world) as session:
+        seconds = []
+        for index in range(WARM_UP + TIMED):
+            block = session.step()
+            if index >= WARM_UP:
+                seconds.append(sum(block.timings.values()))
+        pictures = len(block.frames)
+        held = session.nbytes
     return {
-        "world": options.world,
-        "dtype": str(world.dtype).removeprefix("torch."),
-        "steps": options.steps or world.config.steps,
-        "cache": options.cache or world.config.cache,
-        "states": {"rollouts": states, "forks": states, "prompts": some, "long walks": few},
-        "walks_drawn_for_forks": walked,
-        "scores": rows,
+        "fps": np.array([pictures / statistics.median(seconds)]),
+        "bytes": np.array([float(held)]),
+    }
+
+
+def _ceiling(world: World, given: Material) -> Row:
+    if "rollout" not in given.walks:
+        return {}
+    truth = given.walks["rollout"]
+    rows = [truth.pictures(row) for row in given.rows["rollout"][:CODED]]
+    return {"autoencoder": np.array([psnr(reconstructed(world, clip), clip) for clip in rows])}
+
+
+def _sheet(path: Path, subject: Subject, given: Material) -> None:
+    if "rollout" in given.walks:
+        rollout_sheet(subject, given.walks["rollout"], SHEET_ROWS).save(path)
+
+
+def mean(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half of its 95 % interval (normal; few walks make it a rough one)."""
+    half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return float(values.mean()), half
+
+
+def _print_one(found: tuple[str, Row], shown: Sequence[Column]) -> None:
+    name, row = found
+    lines = []
+    for column in shown:
+        beside = column.beside
+        if beside in row:
+            words = "frozen" if beside.startswith("frozen") else "other map"
+            beside = f"{words} {mean(row[beside])[0]:.2f}"
+        lines.append([column.title, _cell(row, column), column.unit, beside])
+    print_table(f"{name}, on held-out maps", ("score", "mean ± 95 %", "unit", "beside it"), lines)
+
+
+def _print_rows(found: Mapping[str, Row], shown: Sequence[Column]) -> None:
+    """Settings as rows, a few scores in each table, so that it fits a terminal."""
+    for first in range(0, len(shown), PER_TABLE):
+        part = shown[first : first + PER_TABLE]
+        heads = [f"{column.title} {column.unit}".strip() for column in part]
+        lines = [[name, *(_cell(row, column) for column in part)] for name, row in found.items()]
+        print_table("" if first else "on held-out maps", ("setting", *heads), lines)
+
+
+PER_TABLE = 6
+
+
+def _cell(row: Row, column: Column) -> str:
+    if column.score not in row:
+        return ""
+    value, half = (column.scale * figure for figure in mean(row[column.score]))
+    digits = 1 if column.unit in ("%", "fps") else 0 if column.unit == "KiB" else 2
+    spread = f" ± {half:.{digits}f}" if len(row[column.score]) > 1 else ""
+    return f"{value:.{digits}f}{spread}"
+
+
+def _markdown(found: Mapping[str, Row], shown: Sequence[Column]) -> str:
+    kept = [column for column in shown if column.score in IN_MARKDOWN]
+    heads = ["setting", *(f"{column.title} {column.unit}".strip() for column in kept)]
+    lines = [heads, ["---"] + ["--:"] * len(kept)]
+    lines += [
+        [f"`{name}`", *(_cell(row, column) for column in kept)] for name, row in found.items()
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _figures(
+    options: EvaluateOptions, found: Mapping[str, Row], shown: Sequence[Column]
+) -> dict[str, Any]:
+    rows = {}
+    for name, row in found.items():
+        rows[name] = {}
+        for score_name, values in row.items():
+            value, half = mean(values)
+            rows[name][score_name] = {"mean": value, "ci95": half, "walks": len(values)}
+    return {
+        "measures": list(options.measures or MEASURES),
+        "states": options.states,
+        "units": {column.score: [column.unit, column.scale] for column in shown},
+        "settings": rows,
         "machine": machine(),
     }
 
 
-Rows = dict[str, dict[str, Any]]
+def check_scores(given: Material, processes: int) -> dict[str, Row]:
+    """Every score of the simulator itself, whole and with each known fault: does each score fall
+    for what it is meant to see, and for that alone?"""
+    found = {}
+    with _progress() as progress:
+        for name, fault in FAULTS.items():
+            task = progress.add_task(name, total=given.total)
+            note: Callable[[], None] = partial(progress.advance, task)
+            found[name] = score(partial(Simulated, fault), given, processes, note)
+    return found
 
 
-def _short_rows(
-    ceiling: scores.Scores, model: scores.Scores, frozen: scores.Scores, forks: scores.Scores
-) -> Rows:
-    shown = (0, 1, SECONDS - 1)
-    return {
-        "autoencoder": _row(ceiling, "dB"),
-        **{
-            f"rollout, second {s + 1}": _row(model[:, s], "dB", f"frozen {frozen[:, s].mean():.2f}")
-            for s in shown
-        },
-        "control following (forks)": _row(100 * forks, "%", "chance 20"),
-    }
-
-
-def _prompt_rows(prompts: dict[str, scores.Scores], accuracy: float) -> Rows:
-    truth = f"chance 35, truth {100 * accuracy:.1f}"
-    return {
-        "prompt, attributes shown": _row(100 * prompts["start"], "%", truth),
-        "prompt changed, after 3 s": _row(100 * prompts["switch"], "%", truth),
-        "prompt of one word, wall": _row(100 * prompts["one word"], "%", "chance 25"),
-    }
-
-
-def _long_rows(long: scores.LongWalk) -> Rows:
-    rows = {}
-    for name, values in (("sharpness", long.sharpness), ("motion", long.motion)):
-        rows[f"{name}, seconds 1–10"] = _row(values[:, :10].mean(1), "× true")
-        last = values[:, -10:].mean(1)
-        rows[f"{name}, last 10 of {LONG} s"] = _row(last, "× true", f"worst {last.min():.2f}")
-    rows[f"theme kept, last 10 of {LONG} s"] = _row(100 * long.theme, "%", "chance 35")
-    return rows
-
-
-def _row(values: scores.Scores, unit: str, beside: str = "") -> dict[str, Any]:
-    """Mean and half of its 95 % interval (normal; a few long walks make it a rough one)."""
-    half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
-    return {"mean": float(values.mean()), "ci95": half, "unit": unit, "beside": beside}
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )  # fmt: skip

@@ -43,6 +43,13 @@ class PagePool:
         return sum(slab.nbytes for slab in self._slabs)
 
     @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page."""
+        shape = self.shape
+        numbers = 2 * shape.layers * shape.heads * shape.tokens * shape.head_dim
+        return numbers * self.dtype.itemsize
+
+    @property
     def free_pages(self) -> int:
         return len(self._free)
 

@@ -1,6 +1,7 @@
 """The controls of the maze: the one place where its keys meet worldsim's `ActionSpec`."""
 
 from worldsim.controls import ActionSpec, Motion
+from worldsim.maze.raycast import FIELD_OF_VIEW
 from worldsim.maze.simulator import KEYS, PICTURES_PER_LATENT, SPEED, TURN
 
 ACTIONS = ActionSpec(
@@ -24,5 +25,6 @@ ACTIONS = ActionSpec(
         Motion(turn=TURN),
     ),
     periods=(4.0, 16.0),
+    field_of_view=FIELD_OF_VIEW,
     pictures=PICTURES_PER_LATENT,
 )

@@ -47,6 +47,7 @@ def psnr_of(squared_error: Tensor) -> Tensor:
 def picture_batches(recipe: Recipe, rank: Rank) -> Callable[[int], dict[str, Tensor]]:
     """Random short clips out of rendered walks."""
     footage, plan = recipe.autoencoder_footage, recipe.autoencoder
+    assert plan is not None
     pictures = PICTURES_PER_LATENT * (plan.frames - 1) + 1
 
     def render_all(number: int) -> Tensor:

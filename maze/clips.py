@@ -39,6 +39,7 @@ class Clips:
 
     def __init__(self, poses: Tensor, themes: Tensor, frames: int, cells: int) -> None:
         self.frames = frames
+        self._most = max(1, min(MOST_REMEMBERED, frames // 3))
         self._alike = alike(poses.numpy(), cells)
         self._length = poses.shape[1]
         self._starts = self._weights(self._to_start())
@@ -66,7 +67,7 @@ class Clips:
         return self._run(int(rows[chosen]), int(np.clip(first, 0, self._length - self.frames)))
 
     def _returning(self, random: np.random.Generator) -> Clip:
-        remembered = int(random.integers(1, MOST_REMEMBERED + 1))
+        remembered = int(random.integers(1, self._most + 1))
         run = self.frames - remembered
         chosen = int(random.choice(self._starts.size, p=self._starts.ravel()))
         row, last = divmod(chosen, self._length)

@@ -32,11 +32,12 @@ FORGOTTEN_WORDS = 0.15  # chance of each word of a prompt to be left out
 
 @dataclass(frozen=True)
 class LatentWalks:
-    """Encoded walks: latents ``[B, N, C, h, w]``, actions ``[B, N, A]``, themes ``[B, N, 4]`` and
-    the true pose at the end of each latent frame ``[B, N, 3]``."""
+    """Encoded walks: latents ``[B, N, C, h, w]``, actions ``[B, N, A]``, rays ``[B, N, w, Y]``,
+    themes ``[B, N, 4]`` and the true pose at the end of each latent frame ``[B, N, 3]``."""
 
     latents: Tensor
     actions: Tensor
+    rays: Tensor
     themes: Tensor
     poses: Tensor
 
@@ -62,6 +63,7 @@ class FlowMatching(nn.Module):
             values,
             prompt=batch["prompt"].repeat(1, 2),
             actions=batch["actions"].repeat(1, 2, 1),
+            rays=batch["rays"].repeat(1, 2, 1, 1),
         )
         grid = self.dit.grid(*clean.shape[-2:])
         copies = TwoCopies(batch["seen"], grid, self.dit.config.attention_head_dim)
@@ -88,11 +90,11 @@ def clip_batches(
 ) -> Callable[[int], dict[str, Tensor]]:
     """Random clips out of encoded walks, with every random number that the loss needs."""
     plan = recipe.dit
-    footage = recipe.dit_footage
+    footage, columns = recipe.dit_footage, recipe.columns
 
     def encode(number: int) -> LatentWalks:
         seeds = (recipe.seed, 3, rank.index, number)
-        return encode_walks(recipe.size, footage, seeds, autoencoder, rank.device)
+        return encode_walks(recipe.size, footage, seeds, autoencoder, rank.device, columns)
 
     library = Library(footage, encode)
 
@@ -113,6 +115,7 @@ def clip_batches(
         weight[~torch.tensor(from_start), 0] = 0.0  # nothing leads up to that frame
         out = {
             "actions": torch.stack(actions),
+            "rays": torch.zeros(plan.batch, plan.frames, columns, ACTIONS.ray_dim),  # not yet
             "ids": ids,
             "prompt": prompt,
             "weight": weight,
@@ -131,9 +134,11 @@ def encode_walks(
     seeds: tuple[int, ...],
     autoencoder: CausalAutoencoder,
     device: str,
+    columns: int,
     switches: float = 0.3,
 ) -> LatentWalks:
-    """One batch of training walks as the model sees them; for ``seeds`` see `make_walks`."""
+    """One batch of training walks as the model sees them, ``columns`` tokens across; for ``seeds``
+    see `make_walks`."""
     walks = make_walks(footage.maps, footage.frames, seeds, device, switches)
     latents = []
     with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16):
@@ -141,11 +146,13 @@ def encode_walks(
             pictures = walks.pictures(0, footage.frames, size, slice(row, row + 4))
             z = autoencoder.normalised(autoencoder.encode_clip(from_pictures(pictures)))
             latents.append(z.transpose(1, 2).half())
-    actions, _ = ACTIONS.actions(walks.keys.cpu().numpy())
+    held = walks.keys.cpu().numpy()
+    actions, _ = ACTIONS.actions(held)
     # Cloned out of inference mode, since training differentiates through what it makes of them.
     return LatentWalks(
         torch.cat(latents).clone(),
         torch.from_numpy(actions),
+        torch.from_numpy(ACTIONS.rays(held, columns)),
         walks.themes.cpu(),
         walks.poses[:, ::PICTURES_PER_LATENT].cpu(),
     )

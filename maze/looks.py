@@ -1,4 +1,4 @@
-"""Which theme a clip shows: a nearest-centroid reading of its colours, checked on true clips."""
+"""Which theme a clip shows: a linear discriminant of its colours, checked on true clips."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,15 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldsim.maze.simulator import maps, render
+from worldsim.maze.simulator import PICTURES_PER_LATENT, maps, render
 from worldsim.maze.themes import ALL_THEMES
 from worldsim.maze.walks import HELD_OUT, walks
 
 BANDS = 8  # horizontal stripes in which colours are measured
-MAPS = 12  # true clips by which each theme is known
-LATENTS = 9
+MAPS = 24  # true clips by which each theme is known, and as many by which the method is checked
+LATENTS, WANDER = 8, 25  # latent frames of a clip, and of the walk before it
+EVERY = 4  # pictures; successive ones show much the same
+SHRINKAGE = 0.01  # of the spread within a theme towards a ball
 
 
 def features(clip: Tensor | NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -27,35 +29,57 @@ def features(clip: Tensor | NDArray[np.uint8]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Looks:
-    """The true themes' centroids, in feature space scaled by the spread within a theme."""
+    """The true themes' centroids in a space in which clips of one theme are spread alike.
 
-    centroids: NDArray[np.float64]  # [72, features]
-    scale: NDArray[np.float64]  # [features]
-    accuracy: float  # share of attributes read right on other true clips
+    Attributes:
+        centroids: ``[72, features]``.
+        whitening: ``[features, features]``.
+        attributes, themes: share of attributes, and of whole themes, read right on two seconds of
+            other true walks.
+    """
+
+    centroids: NDArray[np.float64]
+    whitening: NDArray[np.float64]
+    attributes: float
+    themes: float
 
     def recognise(self, clip: Tensor | NDArray[np.uint8]) -> tuple[int, int, int, int]:
         """Theme indices of the nearest centroid."""
-        away = (self.centroids - features(clip)) / self.scale
-        return ALL_THEMES[int(np.square(away).sum(-1).argmin())].indices()
+        found = int(_nearest(features(clip), self.centroids, self.whitening))
+        return ALL_THEMES[found].indices()
 
 
 def learn_looks(size: tuple[int, int]) -> Looks:
     """Measure every theme on true clips, and the method on true clips of other maps."""
     known, unseen = (_measured(HELD_OUT + first, size) for first in (1_000_000, 2_000_000))
     centroids = known.mean(1)
-    scale = (known - centroids[:, None]).std((0, 1)) + 1e-3
-    away = (unseen[:, :, None] - centroids[None, None]) / scale
-    nearest = np.square(away).sum(-1).argmin(-1)  # [72, maps]
+    within = (known - centroids[:, None]).reshape(-1, known.shape[-1])
+    spread = within.T @ within / len(within)
+    spread += SHRINKAGE * np.trace(spread) / len(spread) * np.eye(len(spread))
+    whitening = np.linalg.cholesky(np.linalg.inv(spread))
     themes = np.array([theme.indices() for theme in ALL_THEMES])
-    return Looks(centroids, scale, float((themes[nearest] == themes[:, None]).mean()))
+    right = themes[_nearest(unseen, centroids, whitening)] == themes[:, None]
+    return Looks(centroids, whitening, float(right.mean()), float(right.all(-1).mean()))
+
+
+def _nearest(
+    clips: NDArray[np.float64], centroids: NDArray[np.float64], whitening: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    away = (clips @ whitening)[..., None, :] - centroids @ whitening
+    return np.square(away).sum(-1).argmin(-1)
 
 
 def _measured(seed: int, size: tuple[int, int]) -> NDArray[np.float64]:
-    """Features ``[72, maps, …]`` of every theme on the same walks."""
+    """Features ``[72, maps, …]`` of every theme in the same seconds of walks."""
     mazes = maps(range(seed, seed + MAPS))
-    poses = walks(mazes, mazes.start, LATENTS, seed).poses[:, ::4]
+    poses = walks(mazes, mazes.start, WANDER + LATENTS, seed).poses
+    begins = PICTURES_PER_LATENT * np.random.default_rng(seed).integers(0, WANDER, MAPS)
+    shown = torch.stack([
+        walk[begin : begin + PICTURES_PER_LATENT * LATENTS : EVERY]
+        for walk, begin in zip(poses, begins, strict=True)
+    ])  # fmt: skip
     out = []
     for theme in ALL_THEMES:
-        indices = torch.tensor(theme.indices()).expand(*poses.shape[:2], 4)
-        out.append([features(clip) for clip in render(mazes, poses, indices, *size)])
+        indices = torch.tensor(theme.indices()).expand(*shown.shape[:2], 4)
+        out.append([features(clip) for clip in render(mazes, shown, indices, *size)])
     return np.array(out)

@@ -10,7 +10,7 @@ from worldsim.maze.recipe import Fit
 # Inputs, outputs and embeddings are no maps between hidden spaces: AdamW suits them better.
 NOT_HIDDEN = (
     "patch_embedding", "proj_out", "linear_1", "embedding", "scale_shift_table",
-    "encoder.0.", "decoder.0.", "critic.",
+    "encoder.0.", "decoder.0.", "critic.", "ray_embedder",
 )  # fmt: skip
 
 

@@ -57,7 +57,11 @@ class OwnFrames(nn.Module):
 
         def flow(x: Tensor, level: Tensor, before: Tensor, said: Tensor, rows: slice) -> Tensor:
             conditioning = Conditioning(
-                keys, values, prompt[rows].repeat(1, 2), actions[rows].repeat(1, 2, 1)
+                keys,
+                values,
+                prompt[rows].repeat(1, 2),
+                actions[rows].repeat(1, 2, 1),
+                batch["rays"][rows].repeat(1, 2, 1, 1),
             )
             context = copies if rows == ALL else self._copies(seen[rows], clean)
             timestep = 1000 * torch.cat((said, level), dim=1)
@@ -153,10 +157,13 @@ def own_batches(
 ) -> Callable[[int], dict[str, Tensor]]:
     """Clips as `Clips` draws them, with every random number that the losses need."""
     plan, footage = recipe.own, recipe.own_footage
+    assert plan is not None
 
     def encode(number: int) -> tuple[LatentWalks, Clips]:
         seeds = (recipe.seed, 6, rank.index, number)
-        walks = encode_walks(recipe.size, footage, seeds, autoencoder, rank.device, switches=0.5)
+        walks = encode_walks(
+            recipe.size, footage, seeds, autoencoder, rank.device, recipe.columns, switches=0.5
+        )
         return walks, Clips(walks.poses, walks.themes, plan.frames, SIZE)
 
     library = Library(footage, encode)
@@ -164,12 +171,13 @@ def own_batches(
     def batch(step: int) -> dict[str, Tensor]:
         random = np.random.default_rng((recipe.seed, 7, rank.index, step))
         held = library.at(step)
-        latents, actions, themes, clips = [], [], [], []
+        latents, actions, rays, themes, clips = [], [], [], [], []
         for _ in range(plan.batch):
             walks, source = held[random.integers(len(held))]
             clip = source.draw(random)
             latents.append(walks.latents[clip.row, clip.frames])
             actions.append(walks.actions[clip.row, clip.frames])
+            rays.append(walks.rays[clip.row, clip.frames])
             themes.append(walks.themes[clip.row, clip.frames])
             clips.append(clip)
         clean = torch.stack(latents).float().transpose(1, 2)
@@ -180,6 +188,7 @@ def own_batches(
         ids, prompt = prompts(torch.stack(themes), words, True, random)
         out = {
             "actions": torch.stack(actions),
+            "rays": torch.stack(rays) * (step >= recipe.rays_from),
             "themes": torch.stack(themes),
             "ids": ids,
             "prompt": prompt,
@@ -200,7 +209,9 @@ def _frames(clips: list[Clip], frames: int, random: np.random.Generator) -> dict
     from_start = np.array([clip.frames[0] == 0 for clip in clips])[:, None]
     # Remembered frames have nothing before them that leads there, nor has the first of a run.
     weight = (index >= remembered) & ((index > 0) | from_start)
-    window = np.where(random.random(len(clips)) < 0.5, frames, random.integers(3, frames, len(clips)))
+    window = np.where(
+        random.random(len(clips)) < 0.5, frames, random.integers(3, frames, len(clips))
+    )
     back = index[:, None] - index[None, :]
     seen = (back > 0) & ((back <= window[:, None, None]) | (index < remembered)[:, None, :])
     return {
@@ -211,9 +222,7 @@ def _frames(clips: list[Clip], frames: int, random: np.random.Generator) -> dict
     }
 
 
-def _wear(
-    recipe: Recipe, shape: tuple[int, ...], random: np.random.Generator
-) -> dict[str, Tensor]:
+def _wear(recipe: Recipe, shape: tuple[int, ...], random: np.random.Generator) -> dict[str, Tensor]:
     """Noise levels of the frames, and how worn each context is."""
     clips, channels, frames = shape[:3]
     u = random.random((clips, frames))

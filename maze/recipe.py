@@ -1,6 +1,8 @@
-"""The training recipe as plain data: one preset for a CPU, one for a GPU."""
+"""The training recipes as plain data: for each world, one preset for a CPU and one for a GPU."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+TOKEN = 16  # pixels along a side of a token: 8×8 a latent pixel, 2×2 of these a token
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,24 @@ class Recipe:
     """Everything that decides the weights.
 
     Attributes:
+        name: of the world.
         size: height and width of a picture.
+        autoencoder: how it is fitted; None takes that of the bundled world "maze".
+        own: how stage three is fitted; None leaves it out.
+        cache: what the world keeps unless it is told otherwise.
         latent_noise: noise on the latents that the decoder learns to forgive.
         shift: timestep shift of the noise levels.
         context_noise: largest noise share given to a clip's context.
         open_prompts_from: DiT step from which prompts leave out any share of their words.
         few_steps: denoising steps of the rollouts that stage three trains.
         criticism: weight of the critic's opinion in stage three.
+        rays_from: step of stage three from which tokens are told where they look.
     """
 
+    name: str = "maze"
     seed: int = 7
     size: tuple[int, int] = (64, 64)
-    autoencoder: Fit = field(default_factory=lambda: Fit(steps=1800, batch=6, frames=4))
+    autoencoder: Fit | None = field(default_factory=lambda: Fit(steps=1800, batch=6, frames=4))
     autoencoder_footage: Footage = field(default_factory=lambda: Footage(48, 40, 3, 120))
     widths: tuple[int, int, int] = (112, 80, 48)
     latent_noise: float = 0.05
@@ -66,15 +74,33 @@ class Recipe:
     shift: float = 3.0
     context_noise: float = 0.2
     open_prompts_from: int = 0
-    own: Fit = field(
-        default_factory=lambda: Fit(steps=2400, batch=8, frames=12, muon=0.005, adam=1e-3)
+    own: Fit | None = field(
+        default_factory=lambda: Fit(steps=2300, batch=8, frames=12, muon=0.005, adam=1e-3)
     )
     own_footage: Footage = field(default_factory=lambda: Footage(24, 128, 3, 200))
     few_steps: int = 2
     criticism: float = 0.05
+    rays_from: int = 0
+    cache: str = "sink=3,recent=8"
+
+    @property
+    def columns(self) -> int:
+        """Tokens across a picture."""
+        return self.size[1] // TOKEN
 
 
-CPU = Recipe(open_prompts_from=2167)
+CPU = Recipe(open_prompts_from=2167, rays_from=897)
+SHORT = Recipe(  # sick on purpose: it has never seen its own frames, nor more than twelve
+    name="maze-short",
+    autoencoder=None,
+    dit=Fit(steps=2400, batch=6, frames=12),
+    heads=4,
+    head_dim=40,
+    layers=4,
+    ffn_dim=640,
+    own=None,
+    cache="sink=0,recent=11,positions=absolute",
+)
 GPU = Recipe(
     autoencoder=Fit(steps=8000, batch=64, frames=5),
     autoencoder_footage=Footage(512, 40, 4, 100),
@@ -82,6 +108,7 @@ GPU = Recipe(
     dit_footage=Footage(512, 128, 8, 200),
     own=Fit(steps=20_000, batch=64, frames=28, muon=0.01, adam=1e-3),
     own_footage=Footage(512, 192, 8, 200),
+    cache="sink=3,recent=24",
 )
 TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
     autoencoder=Fit(steps=4, batch=2, frames=3),
@@ -89,12 +116,16 @@ TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
     widths=(16, 16, 16),
     dit=Fit(steps=4, batch=2, frames=4),
     dit_footage=Footage(4, 12, 1, 10),
-    own=Fit(steps=2, batch=4, frames=5),
+    own=Fit(steps=2, batch=4, frames=4),
     own_footage=Footage(4, 24, 1, 10),
+    cache="sink=1,recent=2",
     layers=2,
     heads=2,
     head_dim=16,
     ffn_dim=64,
     text_dim=16,
 )
-PRESETS = {"cpu": CPU, "gpu": GPU, "tiny": TINY}
+PRESETS = {
+    "maze": {"cpu": CPU, "gpu": GPU, "tiny": TINY},
+    "maze-short": {"cpu": SHORT, "gpu": SHORT, "tiny": replace(TINY, name="maze-short", own=None)},
+}

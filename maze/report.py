@@ -1,17 +1,15 @@
 """What a training run leaves for people to look at: loss curves and true/generated pictures."""
 
 import csv
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL.Image import Image
 
-from worldsim.maze.scores import rollouts
 from worldsim.maze.sheet import pairs_sheet
-from worldsim.maze.truth import FIRST, GIVEN, Truth, held_out
-from worldsim.session import Session
+from worldsim.maze.simulator import PICTURES_PER_LATENT
+from worldsim.maze.streams import Played, Subject
+from worldsim.maze.truth import FIRST, GIVEN, SECOND, Truth, held_out
 from worldsim.world import World
 
 ROWS, SECONDS = 8, 4
@@ -44,20 +42,20 @@ def plot_losses(folder: Path, out: Path) -> None:
 
 def draw_rollouts(world: World, out: Path) -> None:
     """Held-out walks, truth above what the world makes of the same controls."""
-
-    def open_session(prompt: str, seed: int) -> Session:
-        return world.session(prompt, seed)
-
-    truth = held_out(ROWS, GIVEN + 4 * SECONDS, (world.config.height, world.config.width))
-    _, _, clips = rollouts(open_session, truth, SECONDS, note=lambda: None)
-    rollout_sheet(truth, clips).save(out)
+    truth = held_out(ROWS, GIVEN + SECOND * SECONDS, (world.config.height, world.config.width))
+    rollout_sheet(Played(lambda prompt, seed: world.session(prompt, seed)), truth, ROWS).save(out)
 
 
-def rollout_sheet(truth: Truth, clips: Sequence[NDArray[np.uint8]]) -> Image:
-    """Pairs of rows: the truth of the first walks, and the clips made of their controls."""
-    true = [truth.pictures(row, FIRST, FIRST + len(clip)).numpy() for row, clip in enumerate(clips)]
-    labels = [truth.prompt(row) for row in range(len(clips))]
-    return pairs_sheet(np.stack(true), np.stack(clips), every=4, labels=labels)
+def rollout_sheet(subject: Subject, truth: Truth, rows: int) -> Image:
+    """Pairs of rows: the truth of the first walks, and what a subject makes of their controls."""
+    true, made = [], []
+    for row in range(min(rows, len(truth.poses))):
+        stream = subject.resume(truth, row)
+        made.append(stream.walk(truth.track(row)[GIVEN:]))
+        stream.close()
+        true.append(truth.pictures(row, FIRST, FIRST + len(made[-1])).numpy())
+    labels = [truth.prompt(row) for row in range(len(made))]
+    return pairs_sheet(np.stack(true), np.stack(made), every=PICTURES_PER_LATENT, labels=labels)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

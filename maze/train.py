@@ -24,7 +24,6 @@ from worldsim.models.words import WordEncoder
 from worldsim.world import World
 
 RECIPE = "recipe.json"
-SINK = 3  # latent frames of the start that a trained world remembers
 WORLD = "world"  # the folder, beside the checkpoints, that a world loads
 
 
@@ -51,7 +50,11 @@ def _train(index: int, ranks: int, recipe: Recipe, folder: Path, device: str) ->
     rank = Rank(index, ranks, device)
     autoencoder = _autoencoder(recipe, folder, rank)
     dit, words = _dit(recipe, folder, rank, autoencoder)
-    _own(recipe, folder, rank, autoencoder, dit, words)
+    if recipe.own is not None:
+        _own(recipe, folder, rank, autoencoder, dit, words)
+    dit.set_attention_backend(NATIVE)
+    for model in (dit, words):
+        model.eval()
     if rank.first:
         world = World(world_config(recipe), dit, autoencoder, words)
         world.to("cpu", torch.float16).save_pretrained(folder / WORLD)
@@ -63,14 +66,14 @@ def world_config(recipe: Recipe) -> WorldConfig:
     """How the trained world wants to be run."""
     height, width = recipe.size
     return WorldConfig(
-        name="maze",
+        name=recipe.name,
         height=height,
         width=width,
         fps=16.0,
         steps=recipe.few_steps,
         shift=recipe.shift,
         sampler="euler",
-        cache=f"sink={SINK},recent={recipe.own.frames - 1 - SINK}",
+        cache=recipe.cache,
         actions=ACTIONS,
         prompt="red brick walls, grass floor, day, clear",
         controls="W*5 L*5 W*4 J*5 W*6 . L*10 W*6 J*5 W*5 D*3 A*3 J*5 W*6 S*4 L*5 W*6",
@@ -78,6 +81,9 @@ def world_config(recipe: Recipe) -> WorldConfig:
 
 
 def _autoencoder(recipe: Recipe, folder: Path, rank: Rank) -> CausalAutoencoder:
+    if recipe.autoencoder is None:
+        borrowed = World.from_pretrained("maze", torch.float32).autoencoder
+        return borrowed.to(rank.device)
     torch.manual_seed(recipe.seed)
     autoencoder = CausalAutoencoder(widths=recipe.widths, depths=(2, 2, 1))
     stage = Reconstruction(autoencoder, recipe.latent_noise)
@@ -105,8 +111,10 @@ def _dit(
         ffn_dim=recipe.ffn_dim,
         num_layers=recipe.layers,
         action_dim=ACTIONS.dim,
+        ray_dim=ACTIONS.ray_dim,
     )
-    nn.init.zeros_(dit.proj_out.weight)
+    for part in (dit.proj_out, dit.ray_embedder):
+        nn.init.zeros_(part.weight)
     dit.set_attention_backend(MATMUL if rank.device == "cpu" else NATIVE)
     batch = clip_batches(recipe, rank, autoencoder, words)
     fit("dit", FlowMatching(dit, words), batch, recipe.dit, folder, rank)
@@ -123,6 +131,5 @@ def _own(
 ) -> None:
     torch.manual_seed(recipe.seed)
     batch = own_batches(recipe, rank, autoencoder, words)
+    assert recipe.own is not None
     fit("own", OwnFrames(dit, words, recipe), batch, recipe.own, folder, rank)
-    dit.set_attention_backend(NATIVE)
-    dit.eval(), words.eval()

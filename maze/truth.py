@@ -1,5 +1,6 @@
 """Ground truth for evaluation: walks on maps that training never saw, and what follows them."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from worldsim.maze.simulator import (
     KEYS,
     PICTURES_PER_LATENT,
     MazeMaps,
+    clearance,
     maps,
     render,
     trajectory,
@@ -20,6 +22,7 @@ from worldsim.maze.walks import HELD_OUT, theme_track, walks
 
 GIVEN = 5  # latent frames that a rollout is given: one picture and one true second
 FIRST = 1 + PICTURES_PER_LATENT * (GIVEN - 1)  # number of the first picture that is not given
+SECOND = 4  # latent frames
 WANDER = 25  # a held-out walk is cut out anywhere in its first latent frames
 FORKS: dict[str, Keys] = {
     "forward": frozenset({"KeyW"}),
@@ -52,8 +55,11 @@ class Truth:
         """True pictures ``first…last`` of a walk, uint8 ``[P, H, W, 3]``."""
         return self._render(row, self.poses[row, first:last])
 
+    def theme(self, row: int) -> Theme:
+        return Theme.from_indices(tuple(self.themes[row].tolist()))
+
     def prompt(self, row: int) -> str:
-        return Theme.from_indices(tuple(self.themes[row].tolist())).prompt()
+        return self.theme(row).prompt()
 
     def track(self, row: int) -> list[Keys]:
         """Held keys of each latent frame."""
@@ -69,16 +75,36 @@ class Truth:
         poses = trajectory(self.mazes[row : row + 1], start, held)
         return self._render(row, poses[0, 1:])
 
+    def free_behind(self, row: int, picture: int) -> float:
+        """Cells of free way behind the player at a picture."""
+        pose = self.poses[row : row + 1, picture]
+        return float(clearance(self.mazes[row : row + 1], pose, pose.new_tensor([math.pi])))
+
+    def of_another_map(self, row: int) -> "Truth":
+        """The walk ``row`` as it would have been in the next row's map: one row, same theme."""
+        here, there = slice(row, row + 1), (row + 1) % len(self.poses)
+        other = slice(there, there + 1)
+        return Truth(
+            self.mazes[other], self.poses[other], self.keys[here], self.themes[here], self.size
+        )
+
     def _render(self, row: int, poses: Tensor) -> Tensor:
         themes = self.themes[row].expand(1, len(poses), 4)
         return render(self.mazes[row : row + 1], poses[None], themes, *self.size)[0]
 
 
-def held_out(count: int, latents: int, size: tuple[int, int], first_seed: int = 0) -> Truth:
+def held_out(
+    count: int,
+    latents: int,
+    size: tuple[int, int],
+    first_seed: int = 0,
+    standing: bool = False,
+) -> Truth:
     """``count`` stretches of walks of ``latents`` latent frames on held-out maps.
 
     A pure function. Each stretch begins anywhere in the first seconds of its walk, so that states
-    are those of somebody on the way, not of somebody who just arrived.
+    are those of somebody on the way, not of somebody who just arrived. ``standing``: nobody moves
+    from there on.
     """
     seed = HELD_OUT + first_seed
     mazes = maps([seed + i for i in range(count)])
@@ -91,5 +117,8 @@ def held_out(count: int, latents: int, size: tuple[int, int], first_seed: int = 
         poses.append(walk.poses[row, first : first + pictures])
         keys.append(walk.keys[row, begin : begin + latents].clone())
         keys[-1][0] = False  # what led to the first picture is before this stream
+        if standing:
+            keys[-1][:] = False
+            poses[-1] = poses[-1][:1].expand_as(poses[-1])
     themes = theme_track(count, 1, seed, switch_probability=0.0)[:, 0]
     return Truth(mazes, torch.stack(poses), torch.stack(keys), themes, size)

@@ -1,7 +1,8 @@
 """The causal video DiT: Wan2.1's architecture, attending block by block through a context.
 
 Parameter names are those of diffusers' `WanTransformer3DModel`, so its checkpoints load as they
-are; ``action_embedder`` exists only where ``action_dim`` is set. The model holds no cache, no
+are; ``action_embedder`` and ``ray_embedder`` exist only where ``action_dim`` and ``ray_dim`` are
+set. The model holds no cache, no
 schedule and no positions: what self-attention reads is handed in (`worldsim.models.context`).
 
 Shapes: R rows, C channels, F latent frames, H × W latent pixels, N = F·h·w tokens of width
@@ -15,7 +16,7 @@ from typing import ClassVar
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,12 +37,16 @@ class Conditioning:
             per layer (see `CausalWanTransformer3DModel.encode_prompt`).
         prompt: which prompt each frame reads, int ``[R, F]``; None where row r reads prompt r.
         actions: action vector of each latent frame, ``[R, F, action_dim]``, or None.
+        rays: where each column of tokens looks from and to, ``[R, F, w, ray_dim]``, or None. Alike
+            rays have alike keys, so that a place is found again by its bearing (as camera models
+            do with Plücker rays).
     """
 
     text_keys: tuple[Tensor, ...]
     text_values: tuple[Tensor, ...]
     prompt: Tensor | None = None
     actions: Tensor | None = None
+    rays: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -216,7 +221,7 @@ class Layer(nn.Module):
 class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
     """Predicts the flow (noise minus clean latent) of a block, given its context.
 
-    The config is that of diffusers' `WanTransformer3DModel`, plus ``action_dim`` (0: no actions).
+    The config is that of diffusers' `WanTransformer3DModel`, plus ``action_dim`` and ``ray_dim`` (0: none).
     """
 
     # Lists, since diffusers' loader wants lists.
@@ -246,6 +251,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
         action_dim: int = 0,
+        ray_dim: int = 0,
     ) -> None:
         super().__init__()
         del rope_max_seq_len, pos_embed_seq_len  # there is no table here; kept for the configs
@@ -268,6 +274,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         )
         self.proj_out = nn.Linear(dim, out_channels * patch_height * patch_width)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.ray_embedder = nn.Linear(ray_dim, dim, bias=False) if ray_dim else None
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -359,7 +366,22 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
     ) -> tuple[Tensor, Tensor, Tensor, Attends]:
         context = Rows(contexts) if isinstance(contexts, Sequence) else contexts
         e, m = self.condition_embedder(timestep, conditioning.actions)
-        return self._patchify(latents), e, m, context
+        x = self._patchify(latents)
+        if self.ray_embedder is not None and conditioning.rays is not None:
+            x = x + self._rays(conditioning.rays, latents)
+        return x, e, m, context
+
+    def _rays(self, rays: Tensor, latents: Tensor) -> Tensor:
+        """``[R, F, w, ray_dim] → [R, N, D]``: every token of a column looks along one ray."""
+        assert self.ray_embedder is not None
+        height, _ = self.grid(*latents.shape[-2:])
+        rows = rays.to(self.ray_embedder.weight.dtype).flatten(0, 2)
+        # As for levels: training has no bits to keep, and one chunk for all rows is faster.
+        size = len(rows) if torch.is_grad_enabled() else FIXED_ROWS
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % size))
+        told = torch.cat([self.ray_embedder(chunk) for chunk in padded.split(size)])[: len(rows)]
+        columns = told.unflatten(0, rays.shape[:3])
+        return repeat(columns, "r f w d -> r (f h w) d", h=height)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         # A convolution whose kernel is its stride is one matrix product.

@@ -35,6 +35,7 @@ def random_world(recipe: Recipe = TINY, **config: object) -> World:
             num_attention_heads=recipe.heads, attention_head_dim=recipe.head_dim,
             in_channels=channels, out_channels=channels, text_dim=recipe.text_dim,
             ffn_dim=recipe.ffn_dim, num_layers=recipe.layers, action_dim=ACTIONS.dim,
+            ray_dim=ACTIONS.ray_dim,
         )  # fmt: skip
     models = (transformer, autoencoder, words)
     for model in models:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-BUNDLED = "maze"
+BUNDLED = ("maze", "maze-short")
 _BF16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
 
@@ -18,22 +18,22 @@ def auto_dtype(device: torch.device) -> torch.dtype:
 
 
 def locate(source: str) -> Path:
-    """Folder of the bundled world, of a path, or of a hub id (downloaded).
+    """Folder of a bundled world, of a path, or of a hub id (downloaded).
 
     Raises:
         ValueError: saying what would be accepted.
     """
-    if source == BUNDLED:
+    if source in BUNDLED:
         spec = importlib.util.find_spec("worldsim.maze")
         assert spec is not None and spec.submodule_search_locations is not None
-        return Path(next(iter(spec.submodule_search_locations))) / "weights"
+        return Path(next(iter(spec.submodule_search_locations))) / "weights" / source
     folder = Path(source)
     if folder.is_dir():
         return folder
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return _download(source)
     raise ValueError(
-        f"no world {source!r}: give {BUNDLED!r}, a world folder, or a hub id (owner/name)"
+        f"no world {source!r}: give {' or '.join(BUNDLED)}, a world folder, or a hub id (owner/name)"
     )
 
 

@@ -144,4 +144,5 @@ class Settings:
 
 def _actions(data: Mapping[str, Any]) -> ActionSpec:
     fields = {**data, "motion": tuple(Motion(**motion) for motion in data["motion"])}
-    return ActionSpec(**{**fields, "keys": tuple(data["keys"]), "periods": tuple(data["periods"])})
+    lists = {name: tuple(data[name]) for name in ("keys", "periods", "harmonics") if name in data}
+    return ActionSpec(**{**fields, **lists})

@@ -36,6 +36,8 @@ class ActionSpec:
         labels: what a key does, in words, for legends.
         motion: how each key moves the player; empty where the world gives no pose.
         periods: wavelengths, in cells, by which a dead-reckoned place is told to the model.
+        field_of_view: of the camera, across the picture, in radians; 0 where rays are not told.
+        harmonics: multiples of a ray's bearing whose sine and cosine are told.
         pictures: pictures of one latent frame.
     """
 
@@ -45,6 +47,8 @@ class ActionSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     motion: tuple[Motion, ...] = ()
     periods: tuple[float, ...] = ()
+    field_of_view: float = 0.0
+    harmonics: tuple[int, ...] = (1, 2, 4, 8)
     pictures: int = 4
 
     def __post_init__(self) -> None:
@@ -53,11 +57,18 @@ class ActionSpec:
                 raise ValueError(f"action spec: {name} name keys that do not exist: {unknown}")
         if self.motion and len(self.motion) != len(self.keys):
             raise ValueError("action spec: motion must have one entry for each key")
+        if not 0 <= self.field_of_view < math.pi or (self.field_of_view and not self.motion):
+            raise ValueError("action spec: field_of_view must be in 0…π, and needs motion")
 
     @property
     def dim(self) -> int:
         """Length of an action vector: keys, then heading and place where there is a pose."""
         return len(self.keys) + (2 + 4 * len(self.periods) if self.motion else 0)
+
+    @property
+    def ray_dim(self) -> int:
+        """Length of a ray: its bearing, and the place that it starts from; 0 without rays."""
+        return 2 * len(self.harmonics) + 4 * len(self.periods) if self.field_of_view else 0
 
     def resolve(self, buttons: Sequence[str] | Keys) -> Keys:
         """Held event codes with aliases resolved.
@@ -98,14 +109,39 @@ class ActionSpec:
         if not self.motion:
             return held.astype(np.float32), start
         poses = self.reckon(held, start)
-        x, y, heading = np.moveaxis(poses, -1, 0)
-        told = [np.cos(heading), np.sin(heading)]
-        for period in self.periods:
-            for place in (x, y):
-                angle = 2 * math.pi * place / period
-                told += [np.cos(angle), np.sin(angle)]
-        vectors = np.concatenate([held, np.stack(told, axis=-1)], axis=-1)
+        heading = _turns(poses[..., 2:])
+        vectors = np.concatenate([held, heading, self._place(poses)], axis=-1)
         return vectors.astype(np.float32), poses[..., -1, :]
+
+    def rays(
+        self, held: NDArray[np.bool_], columns: int, start: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
+        """Where each column of tokens looks at the end of each latent frame.
+
+        Args:
+            held: ``[..., N, keys]``.
+            columns: tokens across a picture.
+            start: pose before the first frame, ``[..., 3]``; None is the origin.
+
+        Returns:
+            ``[..., N, columns, ray_dim]``: sines and cosines of the bearing of the column's middle,
+            and of the place.
+        """
+        if not self.field_of_view:
+            return np.zeros((*held.shape[:-1], columns, 0), dtype=np.float32)
+        poses = self.reckon(held, np.zeros((*held.shape[:-2], 3)) if start is None else start)
+        across = (2 * np.arange(columns) + 1) / columns - 1
+        bearing = poses[..., 2:] + np.arctan(across * math.tan(self.field_of_view / 2))
+        place = np.broadcast_to(
+            self._place(poses)[..., None, :], (*bearing.shape, 4 * len(self.periods))
+        )
+        told = _turns(bearing[..., None] * np.array(self.harmonics))
+        return np.concatenate([told, place], axis=-1).astype(np.float32)
+
+    def _place(self, poses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``[..., 3] → [..., 4 · periods]``."""
+        turns = [2 * math.pi * poses[..., :2] / period for period in self.periods]
+        return _turns(np.concatenate(turns, axis=-1)) if turns else poses[..., :0]
 
     def reckon(self, held: NDArray[np.bool_], start: NDArray[np.float64]) -> NDArray[np.float64]:
         """Poses at the end of each latent frame from the keys alone, ``[..., N, 3]``.
@@ -196,3 +232,9 @@ def parse_prompts(text: str, latents_per_second: float) -> tuple[PromptSegment, 
             except ValueError:
                 raise ValueError(f"prompt: {seconds!r} is not a number of seconds") from None
     return tuple(segments)
+
+
+def _turns(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cosine and sine of each angle, one after the other: ``[..., n] → [..., 2 n]``."""
+    pairs = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    return pairs.reshape(*angles.shape[:-1], -1)
