@@ -15,24 +15,22 @@ from rich.console import Console
 from rich.progress import track
 
 from worldsim.apps.opening import open_world, shown_scale
+from worldsim.apps.part_times import COMPUTED, PartTimes, time_parts
 from worldsim.apps.report import machine, print_table, write_json
-from worldsim.streaming.pipeline import Writer, prefetch
+from worldsim.apps.setting import Setting
+from worldsim.parts import PARTS
+from worldsim.streaming.overlap import overlapped
+from worldsim.streaming.pipeline import Writer
 from worldsim.streaming.sinks import check_writable, open_sink
 from worldsim.world import World
-
-WARM_UP = 24  # blocks: the context is full and every buffer is there
-PARTS = ("denoise", "commit", "decode", "encode")
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """What the command line was given."""
 
-    world: str
+    setting: Setting
     blocks: int
-    steps: int | None
-    cache: str | None
-    dtype: str
     device: str
     threads: int | None
     json: Path | None
@@ -48,12 +46,14 @@ def run(options: BenchOptions) -> None:
         raise ValueError(f"--blocks must be 10 or more to mean anything, got {options.blocks}")
     if options.json is not None:
         check_writable(options.json)
-    world = open_world(options.world, options.dtype, options.device, options.threads)
+    setting = options.setting
+    world = open_world(setting.world, setting.dtype, options.device, options.threads)
     figures = measure(world, options)
-    rows = [
-        [part, f"{figures['ms'][part]:.2f}", f"{figures['ms_p95'][part]:.2f}"] for part in PARTS
-    ]
-    print_table("ms per block, one part after the other", ("part", "median", "p95"), rows)
+    print_table(
+        "ms per block; roofline: its products and attention alone",
+        ("part", "median", "p95", "roofline", "ratio", "GFLOP", "GFLOP/s alone"),
+        [_row(part, figures) for part in PARTS],
+    )
     print_table(
         "end to end",
         ("figure", "value"),
@@ -69,80 +69,104 @@ def run(options: BenchOptions) -> None:
 
 
 def measure(world: World, options: BenchOptions) -> dict[str, Any]:
-    """Times by part, throughput, first picture and memory, as one dictionary."""
-    ms, pictures = _serial(world, options)
-    total = sum(statistics.median(times) for times in ms.values())
-    settings = {
-        "steps": options.steps or world.config.steps,
-        "cache": options.cache or world.config.cache,
-    }
+    """Times by part, throughput, first picture and memory, as one dictionary.
+
+    Raises:
+        ValueError: for a context that keeps everything: no two of its blocks are the same work.
+    """
+    setting = options.setting
+    settings = world.settings(0, setting.steps, setting.cache, setting.schedule)
+    warm_up = setting.warm_up(world)
+    if warm_up is None:
+        raise ValueError(
+            "a context that keeps everything makes every block longer than the one before; "
+            "give it an end, as in --cache recent=21"
+        )
+    fps = _overlapped(world, setting, warm_up, options.blocks)
+    peak = _peak_mib(world)  # a stream's: the roofline comes after it
+    times = time_parts(world, setting, warm_up, options.blocks)
+    ms = {part: statistics.median(times.ms[part]) for part in PARTS}
     return {
         "world": world.config.name,
         "size": [world.config.height, world.config.width],
-        "dtype": str(world.dtype).removeprefix("torch."),
+        "dtype": settings.dtype,
         "device": str(world.device),
-        **settings,
+        "steps": len(settings.schedule.step_list(warm_up)),
+        "sampler": settings.sampler,
+        "cache": settings.cache.line(),
+        "warm_up": warm_up,
         "blocks": options.blocks,
-        "pictures_per_block": pictures,
-        "ms": {part: statistics.median(times) for part, times in ms.items()},
-        "ms_p95": {part: statistics.quantiles(times, n=20)[-1] for part, times in ms.items()},
-        "fps_serial": 1e3 * pictures / total,
-        "fps": _overlapped(world, options),
+        "pictures_per_block": times.pictures,
+        "ms": ms,
+        "ms_p95": {part: statistics.quantiles(times.ms[part], n=20)[-1] for part in PARTS},
+        "roofline": _roofline(times),
+        "fps_serial": 1e3 * times.pictures / sum(ms.values()),
+        "fps": fps,
         "first_picture_s": _first_picture(options),
-        "peak_mib": _peak_mib(world),
+        "peak_mib": peak,
         "pages_mib": world.pool.nbytes / 2**20,
         "machine": machine(),
     }
 
 
-def _serial(world: World, options: BenchOptions) -> tuple[dict[str, list[float]], int]:
-    """Milliseconds of each part, one after the other so that each is timed alone, for every block
-    after the warm-up; and the pictures of a block.
-    """
-    count, pictures = WARM_UP + options.blocks, 0
-    ms: dict[str, list[float]] = {part: [] for part in PARTS}
-    stream = world.stream(blocks=count, steps=options.steps, cache=options.cache)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open_sink(Path(folder, "bench.mp4"), world.config.fps, shown_scale(world)) as sink,
-    ):
-        for block in track(stream, "parts", total=count, console=Console(stderr=True)):
-            began = time.perf_counter()
-            sink.write(block.frames)
-            block.timings["encode"] = time.perf_counter() - began
-            pictures = len(block.frames)
-            if block.index >= WARM_UP:
-                for part in PARTS:
-                    ms[part].append(1e3 * block.timings[part])
-    return ms, pictures
+def _roofline(times: PartTimes) -> dict[str, dict[str, float]]:
+    """For each computed part: the kernels alone, what a block takes as often as them, its work."""
+    figures = {}
+    for part in COMPUTED:
+        alone = statistics.median(times.roofline_ms[part])
+        figures[part] = {
+            "ms": alone,
+            "ratio": statistics.median(times.ms[part]) / alone,
+            "gflop": times.flops[part] / 1e9,
+        }
+    return figures
 
 
-def _overlapped(world: World, options: BenchOptions) -> float:
+def _row(part: str, figures: dict[str, Any]) -> list[str]:
+    row = [part, f"{figures['ms'][part]:.2f}", f"{figures['ms_p95'][part]:.2f}"]
+    if part not in figures["roofline"]:
+        return [*row, "", "", "", ""]
+    alone = figures["roofline"][part]
+    return [
+        *row, f"{alone['ms']:.2f}", f"{alone['ratio']:.2f}", f"{alone['gflop']:.2f}",
+        f"{1e3 * alone['gflop'] / alone['ms']:.0f}",
+    ]  # fmt: skip
+
+
+def _overlapped(world: World, setting: Setting, warm_up: int, blocks: int) -> float:
     """Pictures per second of the pipeline that `worldsim stream` runs, after the warm-up."""
-    count = WARM_UP + options.blocks
+    stream = world.stream(
+        blocks=warm_up + blocks, steps=setting.steps, cache=setting.cache,
+        schedule=setting.schedule, decoding=False,
+    )  # fmt: skip
     pictures, began = 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         sink = open_sink(Path(folder, "bench.mp4"), world.config.fps, shown_scale(world))
         with Writer(sink) as writer:
-            blocks = prefetch(
-                world.stream(blocks=count, steps=options.steps, cache=options.cache, decoding=False)
-            )
-            for i, block in enumerate(world.decoded(blocks)):
-                writer.write(block.frames)
-                if i + 1 == WARM_UP:
+            made = overlapped(world, stream, writer)
+            console = Console(stderr=True)
+            for block in track(made, "overlapped", warm_up + blocks, console=console):
+                if block.index == warm_up - 1:
                     began = time.perf_counter()
-                elif i >= WARM_UP:
+                elif block.index >= warm_up:
                     pictures += len(block.frames)
         return pictures / (time.perf_counter() - began)
 
 
 def _first_picture(options: BenchOptions) -> float:
     """Seconds from starting a process to the first byte of its first picture; best of three."""
-    script = Path(sysconfig.get_path("scripts"), "worldsim")
+    script, setting = Path(sysconfig.get_path("scripts"), "worldsim"), options.setting
+    given = {
+        "world": setting.world,
+        "steps": setting.steps,
+        "cache": setting.cache,
+        "schedule": setting.schedule,
+        "dtype": setting.dtype,
+        "device": options.device,
+        "threads": options.threads,
+    }
     command = [str(script), "stream", "-", "--seconds", "0.5"]
-    command += ["--world", options.world, "--dtype", options.dtype, "--device", options.device]
-    for name in ("steps", "cache", "threads"):
-        value = getattr(options, name)
+    for name, value in given.items():
         command += [] if value is None else [f"--{name}", str(value)]
     return min(_until_first_byte(command) for _ in range(3))
 

@@ -22,6 +22,10 @@ Seed = Annotated[int, typer.Option(help="Names the noise; the same seed gives th
 WorldName = Annotated[str, typer.Option(help="'maze', a world folder, or a hub id.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps of a block.")]
 Cache = Annotated[str | None, typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")]
+Schedule = Annotated[
+    str | None,
+    typer.Option(help="Sampler, with or without steps: 'euler', 'renoise:1000,750,500,250'."),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of one stage; default: half of the cores.")
@@ -50,6 +54,7 @@ def stream(
     seed: Seed = 0,
     steps: Steps = None,
     cache: Cache = None,
+    schedule: Schedule = None,
     fps: Annotated[
         float | None, typer.Option(help="Playing speed; default: the world's own.")
     ] = None,
@@ -57,35 +62,48 @@ def stream(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     threads: Threads = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Chrome trace (.json) of eight blocks, once the context is full (or from the "
+            "middle of a short stream), and a summary of where their time went."
+        ),
+    ] = None,
 ) -> None:
     """Walk through a world and write what one sees, as it is made."""
     with _loading():
+        from worldsim.apps.setting import Setting
         from worldsim.apps.stream import StreamOptions, run
 
     run(
         StreamOptions(
-            out, world, prompt, controls, seconds, seed, steps, cache, fps, scale, dtype, device,
-            threads,
+            out, Setting(world, steps, cache, schedule, dtype), prompt, controls, seconds, seed,
+            fps, scale, device, threads, profile,
         )
     )  # fmt: skip
 
 
-@app.command(epilog="Example:  worldsim bench --json bench.json")
+@app.command(epilog="Examples:  worldsim bench --json bench.json  ·  worldsim bench --model medium")
 def bench(
-    world: WorldName = "maze",
-    blocks: Annotated[int, typer.Option(help="Blocks to time, after the warm-up.")] = 120,
+    model: Annotated[
+        str, typer.Option(help="'maze', 'medium' (random weights), a world folder, or a hub id.")
+    ] = "maze",
+    blocks: Annotated[int, typer.Option(help="Blocks to time, after the warm-up.")] = 60,
     steps: Steps = None,
     cache: Cache = None,
+    schedule: Schedule = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
 ) -> None:
-    """Time a world by part: denoise, commit, decode, encode; first frame; memory."""
+    """Time a world by part, beside its matrix products alone; speed, first frame, memory."""
     with _loading():
         from worldsim.apps.bench import BenchOptions, run
+        from worldsim.apps.setting import Setting
 
-    run(BenchOptions(world, blocks, steps, cache, dtype, device, threads, json))
+    setting = Setting(model, steps, cache, schedule, dtype)
+    run(BenchOptions(setting, blocks, device, threads, json))
 
 
 @app.command(

@@ -5,11 +5,12 @@ import torch
 from worldsim.world import World
 
 SHOWN_LINES = 256
+MADE = "medium"  # the one world that is made, not loaded: see `worldsim.apps.medium`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def open_world(name: str, dtype: str, device: str, threads: int | None) -> World:
-    """Load a world in a dtype, on a device, with a number of threads.
+    """Load a world in a dtype, on a device, with a number of threads; ``medium`` is made here.
 
     Raises:
         ValueError: for a dtype, a device or a number of threads that cannot be.
@@ -21,7 +22,12 @@ def open_world(name: str, dtype: str, device: str, threads: int | None) -> World
     # Denoising and decoding run side by side: half of the cores each, of those that torch may use
     # (it heeds OMP_NUM_THREADS and pinning). On two cores that is 1.6 times as fast as two each.
     torch.set_num_threads(threads or max(1, torch.get_num_threads() // 2))
-    return World.from_pretrained(name, DTYPES.get(dtype, "auto"), device)
+    kind = DTYPES.get(dtype, "auto")
+    if name == MADE:
+        from worldsim.apps import medium
+
+        return medium.random_world(medium.MEDIUM, kind, device)
+    return World.from_pretrained(name, kind, device)
 
 
 def shown_scale(world: World) -> int:

@@ -22,14 +22,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table to stdout; the first column is words, the rest are figures."""
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    console: Console | None = None,
+) -> None:
+    """A table, to stdout unless to ``console``; the first column is words, the rest figures."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    (console or Console(highlight=False)).print(table)
 
 
 def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:

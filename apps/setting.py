@@ -69,6 +69,13 @@ class Setting:
         """Open a session of ``world`` with these settings."""
         return world.session(prompt, seed, self.steps, self.cache, self.schedule)
 
+    def warm_up(self, world: World) -> int | None:
+        """Blocks until the context of ``world`` is full and a slot has been taken again: from then
+        on every block is the same work. None where nothing is ever evicted.
+        """
+        capacity = world.config.cache_config(self.cache).capacity
+        return None if capacity is None else -(-capacity // world.config.block_frames) + 2
+
 
 def every(
     worlds: Iterable[str],

@@ -2,18 +2,25 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from worldsim.apps.opening import open_world, shown_scale
+from worldsim.apps.setting import Setting
 from worldsim.models.autoencoder import GROUP
 from worldsim.session import Block
-from worldsim.streaming.pipeline import Writer, prefetch
-from worldsim.streaming.sinks import SinkClosed, open_sink
+from worldsim.streaming.overlap import overlapped
+from worldsim.streaming.pipeline import Writer
+from worldsim.streaming.sinks import SinkClosed, check_writable, open_sink
 from worldsim.world import World
+
+if TYPE_CHECKING:
+    from worldsim.apps.profiling import Profile
 
 DEFAULT_SECONDS = 20.0
 
@@ -23,18 +30,16 @@ class StreamOptions:
     """What the command line was given; None and 0 mean the world's own."""
 
     out: str
-    world: str
+    setting: Setting
     prompt: str | None
     controls: str | None
     seconds: float | None
     seed: int
-    steps: int | None
-    cache: str | None
     fps: float | None
     scale: int
-    dtype: str
     device: str
     threads: int | None
+    profile: Path | None
 
 
 @dataclass
@@ -67,55 +72,69 @@ def run(options: StreamOptions) -> None:
     for name, value in (("seconds", options.seconds), ("fps", options.fps)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name} must be above 0, got {value:g}")
-    world = open_world(options.world, options.dtype, options.device, options.threads)
+    if options.profile is not None:
+        if options.profile.suffix != ".json":
+            raise ValueError(f"--profile is a .json file, got {str(options.profile)!r}")
+        check_writable(options.profile)
+    setting = options.setting
+    world = open_world(setting.world, setting.dtype, options.device, options.threads)
     fps = world.config.fps if options.fps is None else options.fps
     pictures = _length(world, options, fps)
+    count = world.blocks_for(pictures)
     blocks = world.stream(
-        options.prompt, options.controls, options.seed, world.blocks_for(pictures),
-        options.steps, options.cache, decoding=False,
+        options.prompt, options.controls, options.seed, count, setting.steps, setting.cache,
+        decoding=False, schedule=setting.schedule,
     )  # fmt: skip
     # A pipe gets the world's own pixels, a file what people can see.
     scale = options.scale or (1 if options.out == "-" else shown_scale(world))
     sink = open_sink(options.out, fps, scale)
-    tally = Tally(time.perf_counter())
+    profile = None
+    if options.profile is not None:
+        from worldsim.apps.profiling import Profile
+
+        profile = Profile(options.profile, world.device, setting.warm_up(world) or 0, count)
+        sink = profile.named(sink)
     interrupted = False
-    writer = Writer(sink)
-    try:
-        with writer:
-            try:
-                _pump(world, blocks, writer, pictures, tally, console)
-            except KeyboardInterrupt:
-                interrupted = True
-    except SinkClosed:
-        interrupted = True
+    with profile or contextlib.nullcontext():
+        tally, writer = Tally(time.perf_counter()), Writer(sink)
+        try:
+            with writer:
+                try:
+                    made = overlapped(world, blocks, writer, pictures)
+                    _follow(made, pictures, tally, profile, console)
+                except KeyboardInterrupt:
+                    interrupted = True
+        except SinkClosed:
+            interrupted = True
     tally.pictures = writer.pictures  # an interrupted hand-over is still written
     _summary(console, world, options, fps, tally, interrupted)
+    if profile is not None:
+        profile.report(console)
 
 
-def _pump(
-    world: World,
-    blocks: Iterator[Block],
-    writer: Writer,
+def _follow(
+    made: Generator[Block, None, None],
     pictures: int,
     tally: Tally,
+    profile: "Profile | None",
     console: Console,
 ) -> None:
+    """Show how a stream goes until it ends."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
-    ahead = prefetch(blocks)
-    with Progress(*columns, console=console) as progress, contextlib.closing(ahead):
+    with Progress(*columns, console=console) as progress, contextlib.closing(made):
         task = progress.add_task("pictures", total=pictures, figures="")
-        for block in world.decoded(ahead):
-            frames = block.frames[: pictures - tally.pictures]
-            writer.write(frames)
-            tally.add(len(frames))
+        for block in made:
+            tally.add(len(block.frames))
             figures = (
                 f"{tally.fps:.0f} fps · denoise {1e3 * block.timings['denoise']:.1f} ms · "
                 f"decode {1e3 * block.timings['decode']:.1f} ms"
             )
-            progress.update(task, advance=len(frames), figures=figures)
+            progress.update(task, advance=len(block.frames), figures=figures)
+            if profile is not None:
+                profile.after(block.index)
 
 
 def _length(world: World, options: StreamOptions, fps: float) -> int:

@@ -4,8 +4,7 @@ A session holds its context (page table), the decoder's carry, the position, the
 keys and the dead-reckoned pose. Noise is a function of (seed, block, step), so this is everything.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from worldsim.models.autoencoder import Carry, CausalAutoencoder, to_pictures
 from worldsim.models.context import ContextView
 from worldsim.models.transformer import Conditioning
 from worldsim.noise import noise
+from worldsim.parts import part
 from worldsim.rollout import OnStep, commit, denoise
 
 if TYPE_CHECKING:
@@ -117,26 +117,28 @@ class Session:
         """
         if self.context.pool is not self.world.pool:
             raise ValueError("the world was moved or cast since this session began: open a new one")
-        timings = {"commit": _timed(self.settle)}
+        timings = {"commit": 0.0}
+        if self._pending is not None:
+            with part("commit", self._pending.block.index, timings):
+                self.settle()
         frames = self.world.config.block_frames
         if keys is None:  # the very first latent frame is a single picture, which nothing moves
             keys = [self.held if self.frame + i else IDLE for i in range(frames)]
         applied = self._applied(keys)
-        began = time.perf_counter()
-        conditioning, pose = self._conditioning(applied)
-        self.view.prepare(self.frame, frames)
-        latents = denoise(
-            self.world.forward,
-            self.settings.schedule.cells(self.block),
-            conditioning,
-            self.view,
-            self._noise,
-            self.world.latent_shape,
-            self.world.device,
-            self.settings.sampler,
-            on_step,
-        )
-        timings["denoise"] = time.perf_counter() - began
+        with part("denoise", self.block, timings):
+            conditioning, pose = self._conditioning(applied)
+            self.view.prepare(self.frame, frames)
+            latents = denoise(
+                self.world.forward,
+                self.settings.schedule.cells(self.block),
+                conditioning,
+                self.view,
+                self._noise,
+                self.world.latent_shape,
+                self.world.device,
+                self.settings.sampler,
+                on_step,
+            )
         block = Block(self.block, self.frame, latents, applied, timings=timings)
         self._accept(block, conditioning, pose)
         return block
@@ -234,14 +236,7 @@ class Session:
 @torch.inference_mode()
 def decode(autoencoder: CausalAutoencoder, block: Block, carry: Carry) -> Carry:
     """Fill in the pictures of a stream's next block; returns the decoder's new carry."""
-    began = time.perf_counter()
-    decoded, carry = autoencoder.decode(block.latents, carry)
-    block.frames = to_pictures(decoded).cpu().numpy()
-    block.timings["decode"] = time.perf_counter() - began
+    with part("decode", block.index, block.timings):
+        decoded, carry = autoencoder.decode(block.latents, carry)
+        block.frames = to_pictures(decoded).cpu().numpy()
     return carry
-
-
-def _timed(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began

@@ -1,0 +1,99 @@
+"""Milliseconds of a block by part, one part after the other, each beside its roofline.
+
+A block's parts and its roofline are timed in turns, so that both meet the same machine: whatever
+else it does falls on both sides of the ratio.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from worldsim.apps.opening import shown_scale
+from worldsim.apps.roofline import Roofline
+from worldsim.apps.setting import Setting
+from worldsim.controls import IDLE
+from worldsim.parts import PARTS
+from worldsim.streaming.sinks import open_sink
+from worldsim.world import World
+
+COMPUTED = PARTS[:3]  # encoding is not the model's work: it has no roofline
+
+
+@dataclass(frozen=True)
+class PartTimes:
+    """Milliseconds of every timed block by part, of the roofline, and its operations.
+
+    Attributes:
+        flops: floating-point operations that the roofline of a part counts, for one block.
+        pictures: frames of a block.
+    """
+
+    ms: dict[str, list[float]]
+    roofline_ms: dict[str, list[float]]
+    flops: dict[str, int]
+    pictures: int
+
+
+@dataclass
+class Clock:
+    """Times what a device really did: it is waited for, before and after."""
+
+    device: torch.device
+    ms: dict[str, list[float]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        self._wait()
+        began = time.perf_counter()
+        yield
+        self._wait()
+        self.ms.setdefault(name, []).append(1e3 * (time.perf_counter() - began))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def time_parts(world: World, setting: Setting, warm_up: int, blocks: int) -> PartTimes:
+    """Time ``blocks`` blocks by part; the last of ``warm_up`` blocks tells what the roofline is.
+
+    The world's own controls play; where a block has several latent frames it holds one of them.
+    """
+    assert warm_up > 1, "a block that is recorded commits the block before"
+    script = world.actions.parse(world.config.controls) or (IDLE,)
+    measured, alone, roofline = Clock(world.device), Clock(world.device), Roofline()
+    pictures = 0
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_sink(Path(folder, "bench.mp4"), world.config.fps, shown_scale(world)) as sink,
+        setting.session(world) as session,
+    ):
+        count = warm_up + blocks
+        for i in track(range(count), "parts", console=Console(stderr=True)):
+            session.control(script[i % len(script)])
+            look = roofline.record if i == warm_up - 1 else measured.timed
+            with look("commit"):
+                session.settle()
+            with look("denoise"):
+                block = session.denoise()
+            with look("decode"):
+                session.decode(block)
+            with look("encode"):
+                sink.write(block.frames)
+            for part in COMPUTED if i >= warm_up else ():
+                with alone.timed(part):
+                    roofline.run(part)
+            pictures = len(block.frames)
+    return PartTimes(
+        {part: measured.ms[part][-blocks:] for part in PARTS},
+        alone.ms,
+        {part: roofline.flops(part) for part in COMPUTED},
+        pictures,
+    )
