@@ -28,6 +28,7 @@ from worldsim.models.words import WordEncoder
 from worldsim.schedule import Schedule
 
 CLEAN_CONTEXT = 0.3  # share of clips whose context is not worn
+ALONE = 0.6  # share of returning clips that see at most two of the frames right before
 FINAL = 0.5  # share of an own clip's frames that train the last step of a rollout
 
 
@@ -192,7 +193,7 @@ def own_batches(
             "themes": torch.stack(themes),
             "ids": ids,
             "prompt": prompt,
-            **_frames(clips, plan.frames, random),
+            **_frames(clips, plan.frames, step >= recipe.alone_from, random),
             **_wear(recipe, clean.shape, random),
         }
         moved = {key: value.to(rank.device) for key, value in out.items()}
@@ -202,16 +203,26 @@ def own_batches(
     return batch
 
 
-def _frames(clips: list[Clip], frames: int, random: np.random.Generator) -> dict[str, Tensor]:
-    """What each frame sees, counts for, and whether its place in an own context is given."""
+def _frames(
+    clips: list[Clip], frames: int, alone: bool, random: np.random.Generator
+) -> dict[str, Tensor]:
+    """What each frame sees, counts for, and whether its place in an own context is given.
+
+    ``alone``: most returning clips see few or none of the frames right before, so that what they
+    remember is all they have. Else the frames before would nearly always do, and nobody would learn
+    to look further back.
+    """
     index = np.arange(frames)
     remembered = np.array([clip.remembered for clip in clips])[:, None]
     from_start = np.array([clip.frames[0] == 0 for clip in clips])[:, None]
     # Remembered frames have nothing before them that leads there, nor has the first of a run.
     weight = (index >= remembered) & ((index > 0) | from_start)
-    window = np.where(
-        random.random(len(clips)) < 0.5, frames, random.integers(3, frames, len(clips))
-    )
+    far = random.random(len(clips)) < 0.5
+    near = random.integers(3, frames, len(clips))
+    window = np.where(far, frames, near)
+    if alone:
+        lonely = (random.random(len(clips)) < ALONE) & (remembered[:, 0] > 0)
+        window = np.where(lonely, random.integers(0, 3, len(clips)), window)
     back = index[:, None] - index[None, :]
     seen = (back > 0) & ((back <= window[:, None, None]) | (index < remembered)[:, None, :])
     return {

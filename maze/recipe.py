@@ -54,6 +54,7 @@ class Recipe:
         few_steps: denoising steps of the rollouts that stage three trains.
         criticism: weight of the critic's opinion in stage three.
         rays_from: step of stage three from which tokens are told where they look.
+        alone_from: step of stage three from which many clips have nothing but their memory.
     """
 
     name: str = "maze"
@@ -81,6 +82,7 @@ class Recipe:
     few_steps: int = 2
     criticism: float = 0.05
     rays_from: int = 0
+    alone_from: int = 0
     cache: str = "sink=3,recent=8"
 
     @property
@@ -89,7 +91,7 @@ class Recipe:
         return self.size[1] // TOKEN
 
 
-CPU = Recipe(open_prompts_from=2167, rays_from=897)
+CPU = Recipe(open_prompts_from=2167, rays_from=897, alone_from=1083)
 SHORT = Recipe(  # sick on purpose: it has never seen its own frames, nor more than twelve
     name="maze-short",
     autoencoder=None,
