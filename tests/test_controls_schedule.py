@@ -171,6 +171,41 @@ def test_action_vectors_tell_keys_heading_and_place() -> None:
     assert np.abs(far - vectors).max() <= 1e-6
 
 
+def test_a_ray_tells_the_bearing_of_its_column_and_the_place() -> None:
+    turned = ACTIONS.multi_hot([L] * 5)  # a quarter turn
+    rays = ACTIONS.rays(turned, columns=4)
+    assert rays.shape == (5, 4, ACTIONS.ray_dim) and rays.dtype == np.float32
+    half = math.tan(ACTIONS.field_of_view / 2)
+    for column, across in enumerate((-0.75, -0.25, 0.25, 0.75)):
+        bearing = math.pi / 2 + math.atan(across * half)
+        for n, times in enumerate(ACTIONS.harmonics):
+            told = rays[-1, column, 2 * n : 2 * n + 2]
+            expected = [math.cos(times * bearing), math.sin(times * bearing)]
+            assert told == pytest.approx(expected, abs=1e-6)
+    assert np.array_equal(rays[..., 8:], np.broadcast_to(rays[0, 0, 8:], (5, 4, 8)))
+
+
+def test_rays_meet_again_after_a_full_turn() -> None:
+    rays = ACTIONS.rays(ACTIONS.multi_hot([L] * 40), columns=4)
+    assert rays[39] == pytest.approx(rays[19], abs=1e-6)
+    assert np.abs(rays[39] - rays[29]).max() > 0.5
+
+
+def test_rays_in_pieces_are_rays_at_once() -> None:
+    held = ACTIONS.multi_hot([W, W | J, L, D, W, S])
+    whole = ACTIONS.rays(held, columns=3)
+    _, pose = ACTIONS.actions(held[:2])
+    assert ACTIONS.rays(held[2:], 3, pose) == pytest.approx(whole[2:], abs=1e-6)
+
+
+def test_a_spec_without_a_camera_tells_no_rays() -> None:
+    blind = replace(ACTIONS, field_of_view=0.0)
+    assert blind.ray_dim == 0 and blind.rays(blind.multi_hot([W]), 4).shape == (1, 4, 0)
+    with pytest.raises(ValueError, match="field_of_view"):
+        replace(ACTIONS, field_of_view=4.0)
+    assert replace(ACTIONS, motion=()).ray_dim == 0
+
+
 def test_without_motion_an_action_is_its_keys() -> None:
     spec = replace(ACTIONS, motion=())
     vectors, pose = spec.actions(spec.multi_hot([W | J, NOTHING]))
@@ -287,6 +322,32 @@ def test_levels_are_the_shifted_table(shift: float) -> None:
 
 # --- noise ------------------------------------------------------------------------------------
 SHAPE = (1, 4, 2, 8, 8)
+
+
+def test_a_schedule_line_names_a_sampler_and_its_steps(make_world: Callable[..., World]) -> None:
+    config = make_world().config
+    assert config.sampling(None, None) == (config.schedule(), config.sampler)
+    assert config.sampling(3, "renoise") == (config.schedule(3), "renoise")
+    schedule, sampler = config.sampling(None, "euler:1000, 600,100")
+    assert (schedule.steps, sampler) == ((1000, 600, 100), "euler")
+    assert schedule.shift == config.shift
+
+
+@pytest.mark.parametrize(
+    ("steps", "line", "message"),
+    [
+        (None, "heun", "must begin with one of renoise, euler"),
+        (None, "euler:1000,x", "a step list is written as"),
+        (None, "euler:", "a step list is written as"),
+        (None, "euler:500,600", "descending"),
+        (2, "euler:1000,500", "leave out the number of steps"),
+    ],
+)
+def test_schedule_lines_that_cannot_be(
+    make_world: Callable[..., World], steps: int | None, line: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_world().config.sampling(steps, line)
 
 
 def test_noise_is_a_pure_function_of_seed_block_and_step() -> None:

@@ -57,8 +57,8 @@ class ActionSpec:
                 raise ValueError(f"action spec: {name} name keys that do not exist: {unknown}")
         if self.motion and len(self.motion) != len(self.keys):
             raise ValueError("action spec: motion must have one entry for each key")
-        if not 0 <= self.field_of_view < math.pi or (self.field_of_view and not self.motion):
-            raise ValueError("action spec: field_of_view must be in 0…π, and needs motion")
+        if not 0 <= self.field_of_view < math.pi:
+            raise ValueError(f"action spec: field_of_view must be in 0…π, got {self.field_of_view}")
 
     @property
     def dim(self) -> int:
@@ -68,7 +68,8 @@ class ActionSpec:
     @property
     def ray_dim(self) -> int:
         """Length of a ray: its bearing, and the place that it starts from; 0 without rays."""
-        return 2 * len(self.harmonics) + 4 * len(self.periods) if self.field_of_view else 0
+        told = self.motion and self.field_of_view  # a camera that has a pose
+        return 2 * len(self.harmonics) + 4 * len(self.periods) if told else 0
 
     def resolve(self, buttons: Sequence[str] | Keys) -> Keys:
         """Held event codes with aliases resolved.
@@ -127,7 +128,7 @@ class ActionSpec:
             ``[..., N, columns, ray_dim]``: sines and cosines of the bearing of the column's middle,
             and of the place.
         """
-        if not self.field_of_view:
+        if not self.ray_dim:
             return np.zeros((*held.shape[:-1], columns, 0), dtype=np.float32)
         poses = self.reckon(held, np.zeros((*held.shape[:-2], 3)) if start is None else start)
         across = (2 * np.arange(columns) + 1) / columns - 1
