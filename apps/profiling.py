@@ -77,7 +77,7 @@ class Profile:
         events = self._write()
         parts, operators = by_part(events), by_operator(events)
         blocks = max((total.calls for total in parts.values()), default=0)
-        console.print(f"trace of {blocks} blocks in {self._path}; it slows small operators down")
+        console.print(f"trace of {blocks} blocks in {self._path}; tracing slows small operators")
         rows = [
             [
                 name,
