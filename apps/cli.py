@@ -110,10 +110,10 @@ def bench(
     epilog="Examples:  worldsim train maze --ranks 2  ·  worldsim train maze --device cuda"
 )
 def train(
-    what: Annotated[str, typer.Argument(help="The recipe: maze.")],
-    out: Annotated[Path, typer.Option(help="Folder for weights, curves, sheets.")] = Path(
-        "runs/maze"
-    ),
+    what: Annotated[str, typer.Argument(help="The recipe: maze or maze-short.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Weights, curves, sheets; default: runs/RECIPE.")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="cpu, gpu or tiny; default: by the device.")
     ] = None,
@@ -127,23 +127,64 @@ def train(
     run(what, out, preset, device, ranks)
 
 
-@app.command(epilog="Example:  worldsim evaluate --steps 2 --json scores.json")
+@app.command(
+    epilog="Examples:  worldsim evaluate --steps 1 --steps 2 --cache recent=11"
+    "  ·  worldsim evaluate --table --markdown table.md  ·  worldsim evaluate --self-test"
+)
 def evaluate(
-    world: WorldName = "maze",
-    states: Annotated[int, typer.Option(help="Held-out states for each measure.")] = 200,
-    steps: Steps = None,
-    cache: Cache = None,
-    dtype: Dtype = "auto",
+    world: Annotated[
+        list[str] | None, typer.Option(help="'maze', 'maze-short' or a maze's folder.")
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Denoising steps of a block.")] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")
+    ] = None,
+    schedule: Annotated[
+        list[str] | None, typer.Option(help="'euler', 'renoise' or 'renoise:1000,750,500,250'.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="auto, float32, bfloat16 or float16.")
+    ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="The settings of README's table, one row each.")
+    ] = False,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Score the simulator, whole and with known faults.")
+    ] = False,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(help="rollout, forks, returning, prompts, minute; default: all."),
+    ] = None,
+    states: Annotated[int, typer.Option(help="Held-out walks for each measure.")] = 100,
+    processes: Annotated[
+        int | None, typer.Option(help="Walks scored at a time; default: one a core.")
+    ] = None,
     device: Device = "cpu",
-    threads: Threads = None,
     sheet: Annotated[Path | None, typer.Option(help="Contact sheet, true above generated.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write a table for people.")] = None,
 ) -> None:
-    """Score the maze world against its simulator, on maps that training never saw."""
-    with _loading():
-        from worldsim.apps.evaluate import EvaluateOptions, run
+    """Score a maze world against its simulator, on maps that training never saw.
 
-    run(EvaluateOptions(world, states, steps, cache, dtype, device, threads, sheet, json))
+    --world, --steps, --cache, --schedule, --dtype may be given several times: one row for each
+    combination.
+    """
+    with _loading():
+        from worldsim.apps.evaluate import TABLE, EvaluateOptions, run
+        from worldsim.apps.setting import every
+
+    listed = (world, steps, cache, schedule, dtype)
+    if table and any(listed):
+        raise ValueError("--table brings its own settings: leave the others out")
+    settings = TABLE if table else every(
+        world or ["maze"], steps or [None], cache or [None], schedule or [None], dtype or ["auto"]
+    )  # fmt: skip
+    run(
+        EvaluateOptions(
+            tuple(settings), tuple(measure or ()), states, device, processes, self_test, sheet,
+            json, markdown,
+        )
+    )  # fmt: skip
 
 
 @app.command(

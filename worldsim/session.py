@@ -193,6 +193,12 @@ class Session:
         twin.view.context = twin.context
         return twin
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of its own: the context's pages, their rotated copies, the carry."""
+        pages = self.world.pool.page_nbytes * len(self.context.table)
+        return pages + self.view.nbytes + sum(tensor.nbytes for tensor in self.carry or ())
+
     def close(self) -> None:
         """Give the pages back to the world."""
         self._pending = None
@@ -225,9 +231,12 @@ class Session:
         spec = self.world.config.actions
         if spec is None:
             return Conditioning(keys, values), self.pose
-        vectors, pose = spec.actions(spec.multi_hot(applied.keys), self.pose)
-        actions = torch.from_numpy(vectors)[None].to(self.world.device)
-        return Conditioning(keys, values, actions=actions), pose
+        held = spec.multi_hot(applied.keys)
+        vectors, pose = spec.actions(held, self.pose)
+        rays = spec.rays(held, self.world.grid[1], self.pose)
+        told = (torch.from_numpy(part)[None].to(self.world.device) for part in (vectors, rays))
+        actions, seen = told
+        return Conditioning(keys, values, actions=actions, rays=seen), pose
 
     def _noise(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
         return noise(self.settings.seed, block, step, shape)

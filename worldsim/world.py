@@ -69,6 +69,7 @@ class World:
             "width of a word": (text_encoder.config.text_dim, takes.text_dim),
         }
         parts["length of an action"] = (self.actions.dim, takes.action_dim)
+        parts["length of a ray"] = (self.actions.ray_dim, takes.ray_dim)
         if config.actions is not None:
             parts["pictures moved by a control"] = (config.actions.pictures, GROUP)
         for what, (given, taken) in parts.items():
