@@ -136,10 +136,11 @@ def encode_walks(
     device: str,
     columns: int,
     switches: float = 0.3,
+    homing_rows: int = 0,
 ) -> LatentWalks:
-    """One batch of training walks as the model sees them, ``columns`` tokens across; for ``seeds``
-    see `make_walks`."""
-    walks = make_walks(footage.maps, footage.frames, seeds, device, switches)
+    """One batch of training walks as the model sees them, ``columns`` tokens across; for the other
+    arguments see `make_walks`."""
+    walks = make_walks(footage.maps, footage.frames, seeds, device, switches, homing_rows)
     latents = []
     with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16):
         for row in range(0, footage.maps, 4):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from worldsim.maze.recipe import Footage
 from worldsim.maze.simulator import PICTURES_PER_LATENT, MazeMaps, maps, render
-from worldsim.maze.walks import TRAIN_SEEDS, per_picture, theme_track, walks
+from worldsim.maze.walks import TRAIN_SEEDS, homing, per_picture, theme_track, walks
 
 Item = TypeVar("Item")
 
@@ -46,16 +46,27 @@ class Walks:
 
 
 def make_walks(
-    maps_count: int, frames: int, seeds: tuple[int, ...], device: str, switches: float = 0.3
+    maps_count: int,
+    frames: int,
+    seeds: tuple[int, ...],
+    device: str,
+    switches: float = 0.3,
+    homing_rows: int = 0,
 ) -> Walks:
     """``seeds`` (any non-negative numbers) name the batch; the same ones give the same walks.
 
-    ``switches``: share of the walks whose theme changes once.
+    Args:
+        switches: share of the walks whose theme changes once.
+        homing_rows: how many walks, the first ones, keep coming back to their start.
     """
     random = np.random.default_rng(np.random.SeedSequence(seeds))
     mazes = maps(random.choice(TRAIN_SEEDS.stop, maps_count, replace=False).tolist()).to(device)
     seed = int(random.integers(2**31))
     walk = walks(mazes, mazes.start, frames, seed)
+    if homing_rows:
+        some = slice(0, homing_rows)
+        home = homing(mazes[some], mazes.start[some], frames, seed)
+        walk.keys[some], walk.poses[some] = home.keys, home.poses
     themes = theme_track(maps_count, frames, seed, switches).to(device)
     return Walks(mazes, walk.poses, walk.keys, themes)
 

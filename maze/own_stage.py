@@ -160,18 +160,22 @@ def own_batches(
     plan, footage = recipe.own, recipe.own_footage
     assert plan is not None
 
-    def encode(number: int) -> tuple[LatentWalks, Clips]:
-        seeds = (recipe.seed, 6, rank.index, number)
-        walks = encode_walks(
-            recipe.size, footage, seeds, autoencoder, rank.device, recipe.columns, switches=0.5
-        )
-        return walks, Clips(walks.poses, walks.themes, plan.frames, SIZE)
+    def library(homing_rows: int) -> Library[tuple[LatentWalks, Clips]]:
+        def encode(number: int) -> tuple[LatentWalks, Clips]:
+            seeds = (recipe.seed, 6, rank.index, number)
+            walks = encode_walks(
+                recipe.size, footage, seeds, autoencoder, rank.device, recipe.columns,
+                switches=0.5, homing_rows=homing_rows,
+            )  # fmt: skip
+            return walks, Clips(walks.poses, walks.themes, plan.frames, SIZE)
 
-    library = Library(footage, encode)
+        return Library(footage, encode)
+
+    roaming, homing = library(0), library(footage.maps // 2)
 
     def batch(step: int) -> dict[str, Tensor]:
         random = np.random.default_rng((recipe.seed, 7, rank.index, step))
-        held = library.at(step)
+        held = (homing if step >= recipe.homing_from else roaming).at(step)
         latents, actions, rays, themes, clips = [], [], [], [], []
         for _ in range(plan.batch):
             walks, source = held[random.integers(len(held))]

@@ -55,6 +55,7 @@ class Recipe:
         criticism: weight of the critic's opinion in stage three.
         rays_from: step of stage three from which tokens are told where they look.
         alone_from: step of stage three from which many clips have nothing but their memory.
+        homing_from: step of stage three from which half of the walks come home over and over.
     """
 
     name: str = "maze"
@@ -83,6 +84,7 @@ class Recipe:
     criticism: float = 0.05
     rays_from: int = 0
     alone_from: int = 0
+    homing_from: int = 0
     cache: str = "sink=3,recent=8"
 
     @property
@@ -91,7 +93,7 @@ class Recipe:
         return self.size[1] // TOKEN
 
 
-CPU = Recipe(open_prompts_from=2167, rays_from=897, alone_from=1083)
+CPU = Recipe(open_prompts_from=2167, rays_from=897, alone_from=1083, homing_from=1433)
 SHORT = Recipe(  # sick on purpose: it has never seen its own frames, nor more than twelve
     name="maze-short",
     autoencoder=None,

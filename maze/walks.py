@@ -20,6 +20,7 @@ from worldsim.maze.simulator import (
     MazeMaps,
     advance,
     clearance,
+    trajectory,
 )
 from worldsim.maze.themes import ATTRIBUTES
 
@@ -149,6 +150,52 @@ def walks(mazes: MazeMaps, start: Tensor, frames: int, seed: int) -> Walk:
         for _ in range(PICTURES_PER_LATENT):
             poses.append(advance(mazes, poses[-1], held))
     return Walk(keys, torch.stack(poses, dim=1))
+
+
+def homing(mazes: MazeMaps, start: Tensor, frames: int, seed: int) -> Walk:
+    """Walks that leave their start and come back to its very pose, over and over: turned away by
+    some angle, a few steps on where that is free, and all of it undone in reverse, or a full turn;
+    between two excursions a moment at home. Deterministic in `seed`."""
+    random = np.random.Generator(np.random.Philox(key=[seed, 2]))
+    keys = torch.zeros(len(mazes), frames, len(KEYS), dtype=torch.bool)
+    trip = torch.zeros(len(mazes), frames, dtype=torch.long)  # number of the excursion
+    for row in range(len(mazes)):
+        n = 1
+        while n < frames:
+            trip[row, n:] += 1
+            for held, length in _excursion(random):
+                keys[row, n : n + length, list(held)] = True
+                n += length
+    keys = keys.to(start.device)
+    while True:
+        # Where steps ended at a wall, undoing them leads elsewhere: that excursion only turns.
+        poses = trajectory(mazes, start, keys)
+        away = (poses[:, ::PICTURES_PER_LATENT, :2] - start[:, None, :2]).abs().amax(-1).cpu()
+        lost = (away > NEAR_HOME) & ~keys[..., [W, S]].any(-1).cpu() & _turned_home(keys).cpu()
+        if not lost.any():
+            return Walk(keys, poses)
+        for row in lost.any(1).nonzero()[:, 0].tolist():
+            first = trip[row, int(lost[row].long().argmax())]
+            keys[row, trip[row] == first, :2] = False
+
+
+NEAR_HOME = 1e-2  # cells
+
+
+def _turned_home(keys: Tensor) -> Tensor:
+    """Latent frames that end at the first heading, bool [B, N]."""
+    turns = (keys[..., L].long() - keys[..., J].long()).cumsum(1)
+    return turns % (2 * HALF_TURN) == 0
+
+
+def _excursion(random: np.random.Generator) -> list[tuple[tuple[int, ...], int]]:
+    """Held keys and for how many latent frames."""
+    there, back = ((J,), (L,)) if random.random() < 0.5 else ((L,), (J,))
+    pause = ((), int(random.integers(0, 3)))
+    if random.random() < 0.3:
+        return [(there, 2 * HALF_TURN), pause]
+    turn, walk = int(random.integers(2, HALF_TURN + 3)), int(random.integers(0, 4))
+    return [(there, turn), ((W,), walk), ((S,), walk), (back, turn), pause]
 
 
 def _plan(kind: Tensor, lengths: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
