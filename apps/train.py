@@ -25,7 +25,8 @@ def run(what: str, out: Path | None, preset: str | None, device: str, ranks: int
         raise ValueError(f"--ranks must be 1 or more, and is for the CPU only; got {ranks}")
     folder = out or Path("runs", what)
     train(PRESETS[what][name], folder, device, ranks)
+    world = folder / WORLD
     Console(stderr=True).print(
-        f"done: the world is in {folder / WORLD} (worldsim stream walk.mp4 --world {folder / WORLD}), "
+        f"done: the world is in {world} (worldsim stream walk.mp4 --world {world}), "
         f"curves and sheets in {folder}"
     )

@@ -19,7 +19,7 @@ from worldsim.maze.simulator import PICTURES_PER_LATENT
 from worldsim.maze.streams import Pictures, Stream, Subject
 from worldsim.maze.themes import WALLS
 from worldsim.maze.truth import FIRST, FORKS, GIVEN, SECOND, Truth
-from worldsim.maze.walks import HALF_TURN, LATENT_STEP, ROOM
+from worldsim.maze.walks import HALF_TURN
 from worldsim.metrics import colour_distance, motion, psnr, sharpness, vde
 
 PICTURES = SECOND * PICTURES_PER_LATENT  # of a second
@@ -53,13 +53,13 @@ def rollout(subject: Subject, truth: Truth, row: int, readers: Readers) -> Score
     made = stream.walk(track)
     stream.close()
     true = truth.pictures(row, FIRST - 1, FIRST + len(made)).numpy()
-    still = np.broadcast_to(true[:1], true[1:].shape)
+    still = true[:1].repeat(len(made), axis=0)
     out = {}
     for second in (1, 2, 4):
         part = slice(PICTURES * (second - 1), PICTURES * second)
         out[f"second {second}"] = psnr(made[part], true[1:][part])
         out[f"frozen {second}"] = psnr(still[part], true[1:][part])
-    moved, clear = labels(truth.poses[row, FIRST - 1 : FIRST + len(made)].numpy())
+    moved, clear = labels(truth.poses[row, FIRST - 1 : FIRST + len(made)])
     seen = readers.inverse.recover(np.concatenate([true[:1], made]))
     right = np.where(clear, seen == moved, np.nan)
     out["turn seen"], out["advance seen"] = np.nanmean(right, axis=0).tolist()
@@ -102,13 +102,21 @@ def forkable(truth: Truth, wanted: int) -> list[int]:
 
 
 def leaving(truth: Truth, row: int) -> list[Keys]:
-    """Turn round, walk on as far as the way is free, come back, and turn to the first view again
-    (the other way round on every other walk), then stand still for one latent frame."""
-    there, back = (LEFT, LEFT) if row % 2 else (LEFT, RIGHT)
-    steps = min(AWAY, int(max(0.0, (truth.free_behind(row, FIRST - 1) - ROOM) / LATENT_STEP)))
+    """Turn round, walk on as far as one can come back from exactly, come back, and turn to the
+    first view again (the other way round on every other walk), then stand still for one latent
+    frame. As long as it takes at most `AWAY` steps each way; what is not walked is waited."""
+    for steps in range(AWAY, -1, -1):
+        track = _away_and_back(steps, round_trip=bool(row % 2))
+        if truth.comes_back(row, FIRST - 1, track):
+            break
+    return track
+
+
+def _away_and_back(steps: int, round_trip: bool) -> list[Keys]:
     middle = [frozenset({"KeyW"})] * steps + [frozenset({"KeyS"})] * steps
     idle = [IDLE] * (2 * (AWAY - steps))
-    return [there] * HALF_TURN + middle + idle + [back] * HALF_TURN + [IDLE]
+    back = LEFT if round_trip else RIGHT
+    return [LEFT] * HALF_TURN + middle + idle + [back] * HALF_TURN + [IDLE]
 
 
 def returning(subject: Subject, truth: Truth, row: int, _: Readers) -> Scores:
@@ -134,7 +142,7 @@ def returning(subject: Subject, truth: Truth, row: int, _: Readers) -> Scores:
 
 def _view(made: Pictures, true: Pictures) -> float:
     last = made[-PICTURES_PER_LATENT:]
-    return psnr(last, np.broadcast_to(true, (len(last), *true.shape[1:])))
+    return psnr(last, true.repeat(len(last), axis=0))
 
 
 def prompts(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores:
@@ -170,8 +178,8 @@ def _shown(looks: Looks, clip: Pictures, truth: Truth, row: int) -> NDArray[np.b
 def minute(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores:
     """Sixty seconds under the walk's own controls, against the truth of the same seed.
 
-    Sharpness and motion are ratios to those of the whole true walk (one second may face a flat
-    wall), colour a distance, in the first and last ten seconds. ``drift error`` is LV-Bench's VDE
+    Sharpness and motion are ratios to the truth of the same ten seconds, the first or the last (one
+    second alone may face a flat wall), colour is a distance. ``drift error`` is LV-Bench's VDE
     over ten parts of the walk; its m is the ratio of each part's sharpness to the true part's, so
     that what a walk happens to see does not count as drift. ``late forks``: five controls, tried
     once in the last ten seconds and judged by the motion in the pictures.
@@ -186,12 +194,11 @@ def minute(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores
     true = truth.pictures(row, FIRST, FIRST + len(made)).numpy()
     early, end = slice(0, PICTURES * LATE), slice(-PICTURES * LATE, None)
     parts = list(zip(np.split(made, PARTS), np.split(true, PARTS), strict=True))
-    clear, moving = sharpness(true), motion(true)
     return {
-        "sharpness, first": sharpness(made[early]) / clear,
-        "sharpness": sharpness(made[end]) / clear,
-        "motion, first": motion(made[early]) / moving,
-        "motion": motion(made[end]) / moving,
+        "sharpness, first": sharpness(made[early]) / sharpness(true[early]),
+        "sharpness": sharpness(made[end]) / sharpness(true[end]),
+        "motion, first": motion(made[early]) / motion(true[early]),
+        "motion": motion(made[end]) / motion(true[end]),
         "colour, first": colour_distance(made[early], true[early]),
         "colour": colour_distance(made[end], true[end]),
         "theme": _shown(readers.looks, made[end], truth, row).mean(),

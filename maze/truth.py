@@ -1,6 +1,7 @@
 """Ground truth for evaluation: walks on maps that training never saw, and what follows them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,6 @@ from worldsim.maze.simulator import (
     KEYS,
     PICTURES_PER_LATENT,
     MazeMaps,
-    clearance,
     maps,
     render,
     trajectory,
@@ -23,6 +23,7 @@ from worldsim.maze.walks import HELD_OUT, theme_track, walks
 GIVEN = 5  # latent frames that a rollout is given: one picture and one true second
 FIRST = 1 + PICTURES_PER_LATENT * (GIVEN - 1)  # number of the first picture that is not given
 SECOND = 4  # latent frames
+HOME = 1e-3  # cells and radians: how near to a pose one is back at it
 WANDER = 25  # a held-out walk is cut out anywhere in its first latent frames
 FORKS: dict[str, Keys] = {
     "forward": frozenset({"KeyW"}),
@@ -75,10 +76,14 @@ class Truth:
         poses = trajectory(self.mazes[row : row + 1], start, held)
         return self._render(row, poses[0, 1:])
 
-    def free_behind(self, row: int, picture: int) -> float:
-        """Cells of free way behind the player at a picture."""
-        pose = self.poses[row : row + 1, picture]
-        return float(clearance(self.mazes[row : row + 1], pose, pose.new_tensor([math.pi])))
+    def comes_back(self, row: int, picture: int, track: Sequence[Keys]) -> bool:
+        """Whether these controls lead from a picture's pose back to that pose."""
+        held = torch.tensor([[key in keys for key in KEYS] for keys in ((), *track)])
+        start = self.poses[row : row + 1, picture]
+        end = trajectory(self.mazes[row : row + 1], start, held[None])[0, -1]
+        apart = (end - start[0]).abs()
+        apart[2] = torch.minimum(apart[2], 2 * math.pi - apart[2])
+        return bool(apart.max() < HOME)
 
     def of_another_map(self, row: int) -> "Truth":
         """The walk ``row`` as it would have been in the next row's map: one row, same theme."""

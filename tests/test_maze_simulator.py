@@ -7,9 +7,19 @@ import torch
 
 from worldsim.maze.layout import MazeMaps
 from worldsim.maze.sheet import pairs_sheet, world_sheet
-from worldsim.maze.simulator import BODY, KEYS, SPEED, advance, clearance, maps, render, trajectory
+from worldsim.maze.simulator import (
+    BODY,
+    KEYS,
+    PICTURES_PER_LATENT,
+    SPEED,
+    advance,
+    clearance,
+    maps,
+    render,
+    trajectory,
+)
 from worldsim.maze.themes import ALL_THEMES, IGNORED, SYNONYMS, VOCABULARY, Theme
-from worldsim.maze.walks import HELD_OUT, TRAIN_SEEDS, Walk, per_picture, theme_track, walks
+from worldsim.maze.walks import HELD_OUT, TRAIN_SEEDS, Walk, homing, per_picture, theme_track, walks
 
 DAY = Theme("brick", "grass", "day", "clear")
 
@@ -240,3 +250,20 @@ def test_sheets_have_a_row_per_clip() -> None:
     assert pairs_sheet(clips, clips, scale=1).size == (20, 4 * 10 - 2)
     with pytest.raises(ValueError, match="differ"):
         pairs_sheet(clips, clips[:1])
+
+
+def test_homing_walks_come_back_to_their_very_pose() -> None:
+    mazes = maps(range(6))
+    walk = homing(mazes, mazes.start, 80, seed=3)
+    again = homing(mazes, mazes.start, 80, seed=3)
+    assert torch.equal(walk.keys, again.keys) and torch.equal(walk.poses, again.poses)
+    ends = walk.poses[:, ::PICTURES_PER_LATENT]
+    apart = (ends - ends[:, :1]).abs()
+    apart[..., 2] = torch.minimum(apart[..., 2], 2 * math.pi - apart[..., 2])
+    home = apart.amax(-1) < 1e-2
+    assert (home.sum(1) >= 4).all(), "four times in twenty seconds"
+    assert walk.keys[:, :, 0].any() and apart[..., :2].max() > 0.5, "some walk away as well"
+    turned_home = apart[..., 2] < 1e-3
+    standing = ~walk.keys[..., :2].any(-1)
+    lost = turned_home & standing & ~home
+    assert not lost.any(), "whoever faces home again stands there again"
