@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from worldsim.maze.streams import Fault, Pictures
 
-NOISE = 20.0  # levels
+NOISE = 12.0  # levels
 TINT = (1.2, 0.9, 0.75)  # what a shift of colour does to red, green and blue
 
 

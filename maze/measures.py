@@ -29,6 +29,7 @@ PARTS = 10  # of a minute, for the drift error
 MOST_ALIKE = 25.0  # dB: forks count where every two truths differ by more than coding loses
 AWAY = 6  # latent frames walked away from a place that is left, and back
 RETURN = 5  # latent frames: the last quarter of the turn back, when the place is seen again
+LEAST = 1.0  # levels: differences below it are none
 LEFT, RIGHT = frozenset({"KeyJ"}), frozenset({"KeyL"})
 
 Scores = dict[str, float]
@@ -195,16 +196,21 @@ def minute(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores
     early, end = slice(0, PICTURES * LATE), slice(-PICTURES * LATE, None)
     parts = list(zip(np.split(made, PARTS), np.split(true, PARTS), strict=True))
     return {
-        "sharpness, first": sharpness(made[early]) / sharpness(true[early]),
-        "sharpness": sharpness(made[end]) / sharpness(true[end]),
-        "motion, first": motion(made[early]) / motion(true[early]),
-        "motion": motion(made[end]) / motion(true[end]),
+        "sharpness, first": _ratio(sharpness(made[early]), sharpness(true[early])),
+        "sharpness": _ratio(sharpness(made[end]), sharpness(true[end])),
+        "motion, first": _ratio(motion(made[early]), motion(true[early])),
+        "motion": _ratio(motion(made[end]), motion(true[end])),
         "colour, first": colour_distance(made[early], true[early]),
         "colour": colour_distance(made[end], true[end]),
         "theme": _shown(readers.looks, made[end], truth, row).mean(),
-        "drift error": vde([sharpness(a) / sharpness(b) for a, b in parts]),
+        "drift error": vde([_ratio(sharpness(a), sharpness(b)) for a, b in parts]),
         "late forks": late,
     }
+
+
+def _ratio(made: float, true: float) -> float:
+    """How much of the truth is there; one who stands still before a bare wall has next to none."""
+    return (made + LEAST) / (true + LEAST)
 
 
 def _late_forks(stream: Stream, last: Pictures, inverse: Inverse) -> float:

@@ -221,7 +221,8 @@ class Layer(nn.Module):
 class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
     """Predicts the flow (noise minus clean latent) of a block, given its context.
 
-    The config is that of diffusers' `WanTransformer3DModel`, plus ``action_dim`` and ``ray_dim`` (0: none).
+    The config is that of diffusers' `WanTransformer3DModel`, plus ``action_dim`` and ``ray_dim``
+    (0: none).
     """
 
     # Lists, since diffusers' loader wants lists.

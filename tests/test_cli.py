@@ -268,7 +268,8 @@ def test_error_through_the_console_script(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=WAIT)
     assert process.returncode == 2 and out == b""
     assert err.decode() == (
-        "worldsim: no world 'nowhere': give 'maze', a world folder, or a hub id (owner/name)\n"
+        "worldsim: no world 'nowhere': give 'maze', 'maze-short', a world folder, "
+            "or a hub id (owner/name)\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from worldsim.maze.fitting import Rank, fit
+from worldsim.maze.measures import MOST_ALIKE, forkable, true_forks
 from worldsim.maze.optim import Optimiser
 from worldsim.maze.recipe import TINY, Fit
-from worldsim.maze.scores import MOST_ALIKE, distinct
 from worldsim.maze.train import RECIPE, WORLD, train
 from worldsim.maze.truth import FORKS, GIVEN, held_out
 from worldsim.maze.walks import HELD_OUT
@@ -104,14 +104,12 @@ def test_held_out_walks_are_a_pure_function_of_seeds_training_never_draws() -> N
 
 
 def test_forks_count_only_where_their_truths_differ() -> None:
-    truth = held_out(12, GIVEN, (64, 64))
-    futures = [
-        [truth.continued(row, 4 * (GIVEN - 1), keys, 4) for keys in FORKS.values()]
-        for row in range(12)
-    ]
-    chosen = [distinct(future) for future in futures]
-    assert any(chosen)
-    for future, taken in zip(futures, chosen, strict=True):
+    truth = held_out(24, GIVEN, (64, 64))
+    chosen = forkable(truth, 2)
+    for row in range(chosen[-1] + 1):
+        future = true_forks(truth, row)
+        assert len(future) == len(FORKS)
         closest = max(psnr(a, b) for i, a in enumerate(future) for b in future[:i])
-        assert taken == (closest <= MOST_ALIKE)
-    assert not distinct([futures[0][0], futures[0][0]])
+        assert (row in chosen) == (closest <= MOST_ALIKE)
+    with pytest.raises(ValueError, match="walks can be forked"):
+        forkable(truth, 25)

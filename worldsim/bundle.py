@@ -33,7 +33,7 @@ def locate(source: str) -> Path:
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return _download(source)
     raise ValueError(
-        f"no world {source!r}: give {' or '.join(BUNDLED)}, a world folder, or a hub id (owner/name)"
+        f"no world {source!r}: give 'maze', 'maze-short', a world folder, or a hub id (owner/name)"
     )
 
 
