@@ -180,12 +180,9 @@ def _subject(world: World, setting: Setting) -> Played:
 def _speed(world: World, setting: Setting) -> Row:
     """Pictures per second, parts in sequence on one thread, and bytes of the context."""
     with setting.session(world) as session:
-        seconds = []
-        for index in range(WARM_UP + TIMED):
-            block = session.step()
-            if index >= WARM_UP:
-                seconds.append(sum(block.timings.values()))
-        pictures = len(block.frames)
+        blocks = [session.step() for _ in range(WARM_UP + TIMED)][WARM_UP:]
+        seconds = [sum(block.timings.values()) for block in blocks]
+        pictures = len(blocks[-1].frames)
         held = session.nbytes
     return {
         "fps": np.array([pictures / statistics.median(seconds)]),
@@ -258,7 +255,7 @@ def _markdown(found: Mapping[str, Row], shown: Sequence[Column]) -> str:
 def _figures(
     options: EvaluateOptions, found: Mapping[str, Row], shown: Sequence[Column]
 ) -> dict[str, Any]:
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, row in found.items():
         rows[name] = {}
         for score_name, values in row.items():
@@ -276,7 +273,7 @@ def _figures(
 def check_scores(given: Material, processes: int) -> dict[str, Row]:
     """Every score of the simulator itself, whole and with each known fault: does each score fall
     for what it is meant to see, and for that alone?"""
-    found = {}
+    found: dict[str, Row] = {}
     with _progress() as progress:
         for name, fault in FAULTS.items():
             task = progress.add_task(name, total=given.total)

@@ -106,11 +106,9 @@ def leaving(truth: Truth, row: int) -> list[Keys]:
     """Turn round, walk on as far as one can come back from exactly, come back, and turn to the
     first view again (the other way round on every other walk), then stand still for one latent
     frame. As long as it takes at most `AWAY` steps each way; what is not walked is waited."""
-    for steps in range(AWAY, -1, -1):
-        track = _away_and_back(steps, round_trip=bool(row % 2))
-        if truth.comes_back(row, FIRST - 1, track):
-            break
-    return track
+    tracks = [_away_and_back(steps, round_trip=bool(row % 2)) for steps in range(AWAY, -1, -1)]
+    # The last one turns on the spot: it always comes back.
+    return next(track for track in tracks if truth.comes_back(row, FIRST - 1, track))
 
 
 def _away_and_back(steps: int, round_trip: bool) -> list[Keys]:

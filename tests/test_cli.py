@@ -269,7 +269,7 @@ def test_error_through_the_console_script(tmp_path: Path) -> None:
     assert process.returncode == 2 and out == b""
     assert err.decode() == (
         "worldsim: no world 'nowhere': give 'maze', 'maze-short', a world folder, "
-            "or a hub id (owner/name)\n"
+        "or a hub id (owner/name)\n"
     )
     assert list(tmp_path.iterdir()) == []
 
