@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MOST_REMEMBERED = 4  # frames
-RETURNING, SWITCHING = 0.55, 0.2  # shares of clips; the rest are plain stretches
 FROM_START = 0.3  # share of plain stretches that begin with the first picture of a walk
 SINK = 0.6  # share of returning clips that remember the first frames of their walk
 NEAR, TURNED = 0.7, 0.6  # cells and radians over which two views stop being of the same thing
@@ -35,10 +34,21 @@ class Clips:
         poses: true poses at the end of each latent frame, ``[B, N, 3]``.
         themes: ``[B, N, 4]``.
         cells: side of the (toroidal) maps.
+        returning, switching: shares of clips; the rest are plain stretches.
     """
 
-    def __init__(self, poses: Tensor, themes: Tensor, frames: int, cells: int) -> None:
+    def __init__(
+        self,
+        poses: Tensor,
+        themes: Tensor,
+        frames: int,
+        cells: int,
+        returning: float,
+        switching: float,
+    ) -> None:
         self.frames = frames
+        self.returning = returning
+        self.switching = switching
         self._most = max(1, min(MOST_REMEMBERED, frames // 3))
         self._alike = alike(poses.numpy(), cells)
         self._length = poses.shape[1]
@@ -47,9 +57,9 @@ class Clips:
 
     def draw(self, random: np.random.Generator) -> Clip:
         kind = random.random()
-        if kind < RETURNING:
+        if kind < self.returning:
             return self._returning(random)
-        if kind < RETURNING + SWITCHING and self._changed.any():
+        if kind < self.returning + self.switching and self._changed.any():
             return self._switching(random)
         row = int(random.integers(len(self._alike)))
         if random.random() < FROM_START:

@@ -137,10 +137,11 @@ def encode_walks(
     columns: int,
     switches: float = 0.3,
     homing_rows: int = 0,
+    drilled: bool = False,
 ) -> LatentWalks:
     """One batch of training walks as the model sees them, ``columns`` tokens across; for the other
     arguments see `make_walks`."""
-    walks = make_walks(footage.maps, footage.frames, seeds, device, switches, homing_rows)
+    walks = make_walks(footage.maps, footage.frames, seeds, device, switches, homing_rows, drilled)
     latents = []
     with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16):
         for row in range(0, footage.maps, 4):

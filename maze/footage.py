@@ -52,17 +52,19 @@ def make_walks(
     device: str,
     switches: float = 0.3,
     homing_rows: int = 0,
+    drilled: bool = False,
 ) -> Walks:
     """``seeds`` (any non-negative numbers) name the batch; the same ones give the same walks.
 
     Args:
         switches: share of the walks whose theme changes once.
         homing_rows: how many walks, the first ones, keep coming back to their start.
+        drilled: the others hold single keys, see `worldsim.maze.walks.walks`.
     """
     random = np.random.default_rng(np.random.SeedSequence(seeds))
     mazes = maps(random.choice(TRAIN_SEEDS.stop, maps_count, replace=False).tolist()).to(device)
     seed = int(random.integers(2**31))
-    walk = walks(mazes, mazes.start, frames, seed)
+    walk = walks(mazes, mazes.start, frames, seed, drilled)
     if homing_rows:
         some = slice(0, homing_rows)
         home = homing(mazes[some], mazes.start[some], frames, seed)

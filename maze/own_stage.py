@@ -20,7 +20,7 @@ from worldsim.maze.dit_stage import LatentWalks, encode_walks, prompts
 from worldsim.maze.fitting import Rank
 from worldsim.maze.footage import Library
 from worldsim.maze.layout import SIZE
-from worldsim.maze.recipe import Recipe
+from worldsim.maze.recipe import Lesson, Recipe
 from worldsim.maze.two_copies import TwoCopies
 from worldsim.models.autoencoder import CausalAutoencoder
 from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
@@ -42,7 +42,7 @@ class OwnFrames(nn.Module):
         self.dit = dit
         self.words = words
         self.critic = Critic(dit.config.in_channels)
-        self.criticism = recipe.criticism
+        self.criticism = 0.0  # set by each lesson
         schedule = Schedule.uniform(recipe.few_steps, recipe.shift)
         self.levels = [(cell.sigma, cell.next_sigma) for cell in schedule.cells(0)]
 
@@ -72,12 +72,13 @@ class OwnFrames(nn.Module):
         with torch.no_grad():
             own = slice(half, None)
             before, said = context[own], told[own]
-            first, second = batch["own_eps"][:, own]
-            made = self._steps(flow, first, self.levels, before, said, own)
-            given = batch["given"][own][:, None, :, None, None]
-            before = torch.where(given, before, made)
-            said = said * batch["given"][own]
-            last = self._steps(flow, second, self.levels[:-1], before, said, own)
+            *generations, last = batch["own_eps"][:, own]
+            given = batch["given"][own]
+            for eps in generations:
+                made = self._steps(flow, eps, self.levels, before, said, own)
+                before = torch.where(given[:, None, :, None, None], before, made)
+                said = said * given
+            last = self._steps(flow, last, self.levels[:-1], before, said, own)
             final = batch["final"][own]
             noisy[own] = torch.where(final[:, None, :, None, None], last, noisy[own])
             sigma[own] = torch.where(final, self.levels[-1][0], sigma[own])
@@ -154,28 +155,31 @@ def detail(frames: Tensor) -> Tensor:
 
 
 def own_batches(
-    recipe: Recipe, rank: Rank, autoencoder: CausalAutoencoder, words: WordEncoder
+    recipe: Recipe, lesson: Lesson, rank: Rank, autoencoder: CausalAutoencoder, words: WordEncoder
 ) -> Callable[[int], dict[str, Tensor]]:
     """Clips as `Clips` draws them, with every random number that the losses need."""
-    plan, footage = recipe.own, recipe.own_footage
-    assert plan is not None
+    plan, footage = lesson.fit, lesson.footage
+    # Lessons after the first draw footage and numbers of their own.
+    place = recipe.lessons.index(lesson)
+    seed = recipe.seed if place == 0 else 1000 * place + recipe.seed
 
     def library(homing_rows: int) -> Library[tuple[LatentWalks, Clips]]:
         def encode(number: int) -> tuple[LatentWalks, Clips]:
-            seeds = (recipe.seed, 6, rank.index, number)
+            seeds = (seed, 6, rank.index, number)
             walks = encode_walks(
                 recipe.size, footage, seeds, autoencoder, rank.device, recipe.columns,
-                switches=0.5, homing_rows=homing_rows,
+                switches=0.5, homing_rows=homing_rows, drilled=lesson.drilled,
             )  # fmt: skip
-            return walks, Clips(walks.poses, walks.themes, plan.frames, SIZE)
+            shares = (lesson.returning, lesson.switching)
+            return walks, Clips(walks.poses, walks.themes, plan.frames, SIZE, *shares)
 
         return Library(footage, encode)
 
     roaming, homing = library(0), library(footage.maps // 2)
 
     def batch(step: int) -> dict[str, Tensor]:
-        random = np.random.default_rng((recipe.seed, 7, rank.index, step))
-        held = (homing if step >= recipe.homing_from else roaming).at(step)
+        random = np.random.default_rng((seed, 7, rank.index, step))
+        held = (homing if step >= lesson.homing_from else roaming).at(step)
         latents, actions, rays, themes, clips = [], [], [], [], []
         for _ in range(plan.batch):
             walks, source = held[random.integers(len(held))]
@@ -187,17 +191,18 @@ def own_batches(
             clips.append(clip)
         clean = torch.stack(latents).float().transpose(1, 2)
         generator = torch.Generator(clean.device).manual_seed(int(random.integers(2**62)))
+        drawn = 3 + (1 if lesson.generations == 1 else int(random.integers(lesson.generations)) + 1)
         eps, context_eps, *own_eps = (
-            torch.randn(clean.shape, generator=generator, device=clean.device) for _ in range(4)
+            torch.randn(clean.shape, generator=generator, device=clean.device) for _ in range(drawn)
         )
         ids, prompt = prompts(torch.stack(themes), words, True, random)
         out = {
             "actions": torch.stack(actions),
-            "rays": torch.stack(rays) * (step >= recipe.rays_from),
+            "rays": torch.stack(rays) * (step >= lesson.rays_from),
             "themes": torch.stack(themes),
             "ids": ids,
             "prompt": prompt,
-            **_frames(clips, plan.frames, step >= recipe.alone_from, random),
+            **_frames(clips, plan.frames, step >= lesson.alone_from, random),
             **_wear(recipe, clean.shape, random),
         }
         moved = {key: value.to(rank.device) for key, value in out.items()}

@@ -38,6 +38,36 @@ class Footage:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """One of the fits of stage three; each goes on from the weights of the one before.
+
+    Attributes:
+        name: of its checkpoint and its curve.
+        footage: walks, half of which come home over and over from ``homing_from`` on.
+        drilled: the other half holds single keys, as a fork test does, instead of roaming.
+        returning, switching: shares of clips that come back to what they remember, and in which the
+            theme changes; see `worldsim.maze.clips`.
+        generations: how many times over an own context may have been made, each time out of the one
+            before; every number up to it is as likely.
+        criticism: weight of the critic's opinion.
+        rays_from, alone_from, homing_from: steps from which tokens are told where they look, many
+            clips have nothing but their memory, and walks come home. What a lesson learned when.
+    """
+
+    name: str
+    fit: Fit
+    footage: Footage
+    drilled: bool = False
+    returning: float = 0.55
+    switching: float = 0.2
+    generations: int = 1
+    criticism: float = 0.05
+    rays_from: int = 0
+    alone_from: int = 0
+    homing_from: int = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the weights.
 
@@ -45,17 +75,13 @@ class Recipe:
         name: of the world.
         size: height and width of a picture.
         autoencoder: how it is fitted; None takes that of the bundled world "maze".
-        own: how stage three is fitted; None leaves it out.
+        lessons: of stage three; without any it is left out.
         cache: what the world keeps unless it is told otherwise.
         latent_noise: noise on the latents that the decoder learns to forgive.
         shift: timestep shift of the noise levels.
         context_noise: largest noise share given to a clip's context.
         open_prompts_from: DiT step from which prompts leave out any share of their words.
         few_steps: denoising steps of the rollouts that stage three trains.
-        criticism: weight of the critic's opinion in stage three.
-        rays_from: step of stage three from which tokens are told where they look.
-        alone_from: step of stage three from which many clips have nothing but their memory.
-        homing_from: step of stage three from which half of the walks come home over and over.
     """
 
     name: str = "maze"
@@ -76,15 +102,8 @@ class Recipe:
     shift: float = 3.0
     context_noise: float = 0.2
     open_prompts_from: int = 0
-    own: Fit | None = field(
-        default_factory=lambda: Fit(steps=2300, batch=8, frames=12, muon=0.005, adam=1e-3)
-    )
-    own_footage: Footage = field(default_factory=lambda: Footage(24, 128, 3, 200))
+    lessons: tuple[Lesson, ...] = ()
     few_steps: int = 2
-    criticism: float = 0.05
-    rays_from: int = 0
-    alone_from: int = 0
-    homing_from: int = 0
     cache: str = "sink=3,recent=8"
 
     @property
@@ -93,7 +112,25 @@ class Recipe:
         return self.size[1] // TOKEN
 
 
-CPU = Recipe(open_prompts_from=2167, rays_from=897, alone_from=1083, homing_from=1433)
+OWN = Lesson(
+    "own",
+    Fit(steps=2300, batch=8, frames=12, muon=0.005, adam=1e-3),
+    Footage(24, 128, 3, 200),
+    rays_from=897,
+    alone_from=1083,
+    homing_from=1433,
+)
+DRILL = Lesson(
+    "drill",
+    Fit(steps=3600, batch=8, frames=12, muon=0.005, adam=1e-3),
+    Footage(24, 128, 3, 200),
+    drilled=True,
+    returning=0.45,
+    switching=0.3,
+    generations=2,
+    criticism=0.1,
+)
+CPU = Recipe(open_prompts_from=2167, lessons=(OWN, DRILL))
 SHORT = Recipe(  # sick on purpose: it has never seen its own frames, nor more than twelve
     name="maze-short",
     autoencoder=None,
@@ -102,7 +139,6 @@ SHORT = Recipe(  # sick on purpose: it has never seen its own frames, nor more t
     head_dim=40,
     layers=4,
     ffn_dim=640,
-    own=None,
     cache="sink=0,recent=11,positions=absolute",
 )
 GPU = Recipe(
@@ -110,8 +146,13 @@ GPU = Recipe(
     autoencoder_footage=Footage(512, 40, 4, 100),
     dit=Fit(steps=40_000, batch=64, frames=28, muon=0.02),
     dit_footage=Footage(512, 128, 8, 200),
-    own=Fit(steps=20_000, batch=64, frames=28, muon=0.01, adam=1e-3),
-    own_footage=Footage(512, 192, 8, 200),
+    lessons=(
+        replace(
+            DRILL,
+            fit=Fit(steps=20_000, batch=64, frames=28, muon=0.01, adam=1e-3),
+            footage=Footage(512, 192, 8, 200),
+        ),
+    ),
     cache="sink=3,recent=24",
 )
 TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
@@ -120,8 +161,7 @@ TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
     widths=(16, 16, 16),
     dit=Fit(steps=4, batch=2, frames=4),
     dit_footage=Footage(4, 12, 1, 10),
-    own=Fit(steps=2, batch=4, frames=4),
-    own_footage=Footage(4, 24, 1, 10),
+    lessons=(Lesson("own", Fit(steps=2, batch=4, frames=4), Footage(4, 24, 1, 10), True),),
     cache="sink=1,recent=2",
     layers=2,
     heads=2,
@@ -131,5 +171,9 @@ TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
 )
 PRESETS = {
     "maze": {"cpu": CPU, "gpu": GPU, "tiny": TINY},
-    "maze-short": {"cpu": SHORT, "gpu": SHORT, "tiny": replace(TINY, name="maze-short", own=None)},
+    "maze-short": {
+        "cpu": SHORT,
+        "gpu": SHORT,
+        "tiny": replace(TINY, name="maze-short", lessons=()),
+    },
 }

@@ -50,8 +50,7 @@ def _train(index: int, ranks: int, recipe: Recipe, folder: Path, device: str) ->
     rank = Rank(index, ranks, device)
     autoencoder = _autoencoder(recipe, folder, rank)
     dit, words = _dit(recipe, folder, rank, autoencoder)
-    if recipe.own is not None:
-        _own(recipe, folder, rank, autoencoder, dit, words)
+    _lessons(recipe, folder, rank, autoencoder, dit, words)
     dit.set_attention_backend(NATIVE)
     for model in (dit, words):
         model.eval()
@@ -121,7 +120,7 @@ def _dit(
     return dit, words
 
 
-def _own(
+def _lessons(
     recipe: Recipe,
     folder: Path,
     rank: Rank,
@@ -130,6 +129,8 @@ def _own(
     words: WordEncoder,
 ) -> None:
     torch.manual_seed(recipe.seed)
-    batch = own_batches(recipe, rank, autoencoder, words)
-    assert recipe.own is not None
-    fit("own", OwnFrames(dit, words, recipe), batch, recipe.own, folder, rank)
+    stage = OwnFrames(dit, words, recipe)
+    for lesson in recipe.lessons:
+        stage.criticism = lesson.criticism
+        batch = own_batches(recipe, lesson, rank, autoencoder, words)
+        fit(lesson.name, stage, batch, lesson.fit, folder, rank)

@@ -51,7 +51,8 @@ class Behaviour:
     """Up to four phases of held keys; lower-case letters are the drawn side ('j', 'a') and the
     other one ('l', 'd'). `first` and `second` are ranges of lengths in latent frames; with
     `mirror` the third and fourth phases last as long as the first two, else they are empty.
-    `ahead`: the first phase walks on, so it is cut to the free way."""
+    `ahead`: the first phase walks on, so it is cut to the free way. `drill` is its weight among
+    walks that hold single keys."""
 
     weight: float
     phases: tuple[str, ...]
@@ -59,13 +60,14 @@ class Behaviour:
     second: tuple[int, int] = (0, 0)
     mirror: bool = False
     ahead: bool = False
+    drill: float = 0.0
 
 
 ABOUT = (HALF_TURN, HALF_TURN)
 EXPLORE = 0  # the first behaviour chooses its own keys
 RANDOM = 1  # the second holds a random combination
 BEHAVIOURS = (
-    Behaviour(0.34, (), first=(6, 24)),
+    Behaviour(0.34, (), first=(6, 24), drill=0.1),
     Behaviour(0.14, (), first=(1, 4)),
     Behaviour(0.07, ("W", "j", "W", "j"), (2, 10), ABOUT, mirror=True, ahead=True),  # there, back
     Behaviour(0.06, ("W", "j"), (2, 10), ABOUT, ahead=True),
@@ -75,6 +77,12 @@ BEHAVIOURS = (
     Behaviour(0.14, ("a", "", "d", ""), (1, 4), (0, 2), mirror=True),
     Behaviour(0.02, ("",), first=(1, 5)),
     Behaviour(0.04, ("Wj", "W"), (1, 4), (1, 3)),
+    Behaviour(0.0, ("W",), (2, 8), ahead=True, drill=0.2),
+    Behaviour(0.0, ("S",), (2, 8), drill=0.25),
+    Behaviour(0.0, ("j",), (2, 8), drill=0.25),
+    Behaviour(0.0, ("",), (1, 6), drill=0.05),
+    Behaviour(0.0, ("Wj",), (2, 6), drill=0.1),
+    Behaviour(0.0, ("Sj",), (2, 6), drill=0.05),
 )
 PHASES = 4
 
@@ -107,9 +115,9 @@ class Deck:
     keys: Tensor
 
 
-def _deck(batch: int, frames: int, seed: int, device: torch.device) -> Deck:
+def _deck(batch: int, frames: int, seed: int, device: torch.device, drilled: bool) -> Deck:
     random = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    weights = np.array([behaviour.weight for behaviour in BEHAVIOURS])
+    weights = np.array([b.drill if drilled else b.weight for b in BEHAVIOURS])
     bounds = (weights / weights.sum()).cumsum()[:-1]
     kind = np.searchsorted(bounds, random.random((batch, frames)))
     side = random.integers(0, 2, (batch, frames))
@@ -122,14 +130,16 @@ def _deck(batch: int, frames: int, seed: int, device: torch.device) -> Deck:
     return Deck(*(torch.from_numpy(part).to(device) for part in (kind, side, lengths, keys)))
 
 
-def walks(mazes: MazeMaps, start: Tensor, frames: int, seed: int) -> Walk:
+def walks(mazes: MazeMaps, start: Tensor, frames: int, seed: int, drilled: bool = False) -> Walk:
     """Walk every map from start [B, 3] for `frames` latent frames; deterministic in `seed`.
+    `drilled`: mostly single keys, held for a second or two, wherever that leads.
 
     Raises ValueError for fewer than one frame."""
     if frames < 1:
         raise ValueError(f"a walk has at least one latent frame, not {frames}")
     device, row = start.device, torch.arange(len(mazes), device=start.device)
-    deck, scripts = _deck(len(mazes), frames, seed, device), _scripts().to(device)
+    deck = _deck(len(mazes), frames, seed, device, drilled)
+    scripts = _scripts().to(device)
     kind, side = torch.zeros_like(row), torch.zeros_like(row)
     noise = torch.zeros_like(deck.keys[:, 0])
     ends = torch.zeros(len(mazes), PHASES, dtype=torch.long, device=device)  # last frame of each

@@ -29,7 +29,7 @@ def test_views_are_alike_by_pose_across_the_seam_of_the_torus() -> None:
 
 
 def test_a_returning_clip_ends_where_it_shows_what_is_remembered() -> None:
-    clips = Clips(walk_there_and_back(), themes(), FRAMES, SIDE)
+    clips = Clips(walk_there_and_back(), themes(), FRAMES, SIDE, 0.55, 0.2)
     random = np.random.default_rng(0)
     drawn = [clip for clip in (clips.draw(random) for _ in range(200)) if clip.remembered]
     assert len(drawn) > 80
@@ -42,7 +42,7 @@ def test_a_returning_clip_ends_where_it_shows_what_is_remembered() -> None:
 
 
 def test_a_switching_clip_holds_the_change() -> None:
-    clips = Clips(walk_there_and_back(), themes(change=30), FRAMES, SIDE)
+    clips = Clips(walk_there_and_back(), themes(change=30), FRAMES, SIDE, 0.55, 0.2)
     random = np.random.default_rng(1)
     runs = [clip.frames for clip in (clips.draw(random) for _ in range(300)) if not clip.remembered]
     holding = [frames[0] < 30 <= frames[-1] for frames in runs]
@@ -51,6 +51,6 @@ def test_a_switching_clip_holds_the_change() -> None:
 
 
 def test_clips_are_a_pure_function_of_the_generator() -> None:
-    clips = Clips(walk_there_and_back(), themes(20), FRAMES, SIDE)
+    clips = Clips(walk_there_and_back(), themes(20), FRAMES, SIDE, 0.55, 0.2)
     a, b = ([clips.draw(np.random.default_rng(7)) for _ in range(20)] for _ in range(2))
     assert all(np.array_equal(x.frames, y.frames) for x, y in zip(a, b, strict=True))

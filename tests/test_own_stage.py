@@ -1,6 +1,6 @@
 """Stage three on tiny models: what it differentiates, what it leaves alone, what it wears."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -11,6 +11,12 @@ from worldsim.maze.critic import Critic, losses
 from worldsim.maze.fitting import Rank
 from worldsim.maze.own_stage import OwnFrames, detail, own_batches, worn
 from worldsim.maze.recipe import TINY
+from worldsim.world import World
+
+
+def batches_of(world: World) -> Callable[[int], dict[str, Tensor]]:
+    models = (world.autoencoder, world.text_encoder)
+    return own_batches(TINY, TINY.lessons[0], Rank(0, 1, "cpu"), *models)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +24,9 @@ def stage() -> tuple[OwnFrames, Mapping[str, Tensor]]:
     world = random_world()
     module = OwnFrames(world.transformer, world.text_encoder, TINY)
     module.requires_grad_(True)
-    batch = own_batches(TINY, Rank(0, 1, "cpu"), world.autoencoder, world.text_encoder)
+    batch = own_batches(
+        TINY, TINY.lessons[0], Rank(0, 1, "cpu"), world.autoencoder, world.text_encoder
+    )
     return module, batch(0)
 
 
@@ -38,7 +46,9 @@ def test_a_batch_is_a_pure_function_of_the_step(
     stage: tuple[OwnFrames, Mapping[str, Tensor]],
 ) -> None:
     world = random_world()
-    again = own_batches(TINY, Rank(0, 1, "cpu"), world.autoencoder, world.text_encoder)(0)
+    again = own_batches(
+        TINY, TINY.lessons[0], Rank(0, 1, "cpu"), world.autoencoder, world.text_encoder
+    )(0)
     assert all(torch.equal(again[key], value) for key, value in stage[1].items())
 
 
