@@ -4,6 +4,7 @@ A score is a pure function of (subject, walk), so how the work is spread changes
 here knows how a table looks.
 """
 
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -70,7 +71,7 @@ def score(
 
     Args:
         make: opens the subject, once in each process; picklable where there are several.
-        processes: 1 stays in this process, with its threads; more take one thread each.
+        processes: 1 stays in this process. Each computes with one thread.
     """
     tasks = [(name, row) for name, rows in given.rows.items() for row in rows]
     # Long ones first, so that no process is left alone with one in the end.
@@ -105,8 +106,14 @@ def _results(
         futures = [pool.submit(_run, task) for task in tasks]
         for future in as_completed(futures):
             yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
+    except BaseException:
+        # A task may last a minute: nobody who stops a run waits for it.
+        running = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.terminate()
+        raise
 
 
 class _Here:
@@ -117,6 +124,7 @@ class _Here:
 
 
 def _open(make: Callable[[], Subject], given: Material) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
     torch.set_num_threads(1)
     _Here.subject, _Here.given = make(), given
 

@@ -29,7 +29,6 @@ PARTS = 10  # of a minute, for the drift error
 MOST_ALIKE = 25.0  # dB: forks count where every two truths differ by more than coding loses
 AWAY = 6  # latent frames walked away from a place that is left, and back
 RETURN = 5  # latent frames: the last quarter of the turn back, when the place is seen again
-LEAST = 1.0  # levels: differences below it are none
 LEFT, RIGHT = frozenset({"KeyJ"}), frozenset({"KeyL"})
 
 Scores = dict[str, float]
@@ -177,11 +176,12 @@ def _shown(looks: Looks, clip: Pictures, truth: Truth, row: int) -> NDArray[np.b
 def minute(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores:
     """Sixty seconds under the walk's own controls, against the truth of the same seed.
 
-    Sharpness and motion are ratios to the truth of the same ten seconds, the first or the last (one
-    second alone may face a flat wall), colour is a distance. ``drift error`` is LV-Bench's VDE
-    over ten parts of the walk; its m is the ratio of each part's sharpness to the true part's, so
-    that what a walk happens to see does not count as drift. ``late forks``: five controls, tried
-    once in the last ten seconds and judged by the motion in the pictures.
+    Sharpness and motion, in the first and last ten seconds, are ratios to those of the whole true
+    walk (a stretch of it may face a bare wall); colour is a distance. ``drift error`` is LV-Bench's
+    VDE over ten parts of the walk; its m is the ratio of each part's sharpness to the true part's
+    (or to half of the whole walk's, where that is more), so that what is to be seen counts little.
+    ``late forks``: five controls, tried once in the last ten seconds and judged by the motion in
+    the pictures. Some run into walls; who does not heed keys at all gets a fifth.
     """
     track = truth.track(row)[GIVEN : GIVEN + SECOND * MINUTE]
     stream = subject.resume(truth, row)
@@ -192,28 +192,24 @@ def minute(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores
     stream.close()
     true = truth.pictures(row, FIRST, FIRST + len(made)).numpy()
     early, end = slice(0, PICTURES * LATE), slice(-PICTURES * LATE, None)
+    clear, moving = sharpness(true), motion(true)
     parts = list(zip(np.split(made, PARTS), np.split(true, PARTS), strict=True))
     return {
-        "sharpness, first": _ratio(sharpness(made[early]), sharpness(true[early])),
-        "sharpness": _ratio(sharpness(made[end]), sharpness(true[end])),
-        "motion, first": _ratio(motion(made[early]), motion(true[early])),
-        "motion": _ratio(motion(made[end]), motion(true[end])),
+        "sharpness, first": sharpness(made[early]) / clear,
+        "sharpness": sharpness(made[end]) / clear,
+        "motion, first": motion(made[early]) / moving,
+        "motion": motion(made[end]) / moving,
         "colour, first": colour_distance(made[early], true[early]),
         "colour": colour_distance(made[end], true[end]),
         "theme": _shown(readers.looks, made[end], truth, row).mean(),
-        "drift error": vde([_ratio(sharpness(a), sharpness(b)) for a, b in parts]),
+        "drift error": vde([sharpness(a) / max(sharpness(b), clear / 2) for a, b in parts]),
         "late forks": late,
     }
 
 
-def _ratio(made: float, true: float) -> float:
-    """How much of the truth is there; one who stands still before a bare wall has next to none."""
-    return (made + LEAST) / (true + LEAST)
-
-
 def _late_forks(stream: Stream, last: Pictures, inverse: Inverse) -> float:
-    """Share of five forks of one second whose turn and advance, by the majority of their latent
-    frames, are those of the control."""
+    """Share of five forks of one second whose turn and advance, summed over their latent frames,
+    have the sign of the control."""
     right = 0
     for keys in FORKS.values():
         twin = stream.fork()

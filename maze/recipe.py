@@ -104,7 +104,7 @@ class Recipe:
     open_prompts_from: int = 0
     lessons: tuple[Lesson, ...] = ()
     few_steps: int = 2
-    cache: str = "sink=3,recent=8"
+    cache: str = "sink=3,recent=8,positions=packed"
 
     @property
     def columns(self) -> int:
@@ -153,7 +153,7 @@ GPU = Recipe(
             footage=Footage(512, 192, 8, 200),
         ),
     ),
-    cache="sink=3,recent=24",
+    cache="sink=3,recent=24,positions=packed",
 )
 TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
     autoencoder=Fit(steps=4, batch=2, frames=3),
@@ -162,7 +162,7 @@ TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
     dit=Fit(steps=4, batch=2, frames=4),
     dit_footage=Footage(4, 12, 1, 10),
     lessons=(Lesson("own", Fit(steps=2, batch=4, frames=4), Footage(4, 24, 1, 10), True),),
-    cache="sink=1,recent=2",
+    cache="sink=1,recent=2,positions=packed",
     layers=2,
     heads=2,
     head_dim=16,

@@ -96,7 +96,10 @@ class Played:
     open_session: Open
 
     def resume(self, truth: Truth, row: int) -> PlayedStream:
-        session = self.open_session(truth.prompt(row), row)
+        return self._given(truth, row, seed=row)
+
+    def _given(self, truth: Truth, row: int, seed: int) -> PlayedStream:
+        session = self.open_session(truth.prompt(row), seed)
         given = encoded(session.world, truth.pictures(row, 0, FIRST)).split(1, dim=2)
         for keys, latents in zip(truth.track(row), given, strict=False):
             session.decode(session.give(latents, [keys]))
@@ -109,7 +112,7 @@ class Played:
 
     def mistaken(self, stream: Stream, other: Truth, row: int) -> PlayedStream:
         assert isinstance(stream, PlayedStream)
-        twin = self.resume(other, row)
+        twin = self._given(other, row, stream.session.settings.seed)
         twin.session.control(prompt=stream.session.prompt)
         for latents, keys in stream.made:
             twin.session.decode(twin.session.give(latents, [keys]))

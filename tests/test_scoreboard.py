@@ -62,7 +62,7 @@ def test_the_truth_is_perfect(board: Board) -> None:
     truth = board["truth"]
     for score_name in ("second 1", "second 4", "return"):
         assert truth[score_name] > 48
-    assert truth["forks"] == 1 and truth["drift error"] == 0 and truth["colour"] == 0
+    assert truth["forks"] == 1 and truth["drift error"] < 3 and truth["colour"] == 0
     assert truth["turn seen"] > 0.9 and truth["advance seen"] > 0.9
     assert truth["return"] - truth["return, swapped"] > 10
 
