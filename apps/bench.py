@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import track
 
 from worldsim.apps.opening import open_world, shown_scale
-from worldsim.apps.part_times import COMPUTED, PartTimes, time_parts
+from worldsim.apps.part_times import PartTimes, time_parts
 from worldsim.apps.report import machine, print_table, write_json
 from worldsim.apps.setting import Setting
-from worldsim.parts import PARTS
+from worldsim.parts import COMPUTED, PARTS
 from worldsim.streaming.overlap import overlapped
 from worldsim.streaming.pipeline import Writer
 from worldsim.streaming.sinks import check_writable, open_sink

@@ -20,13 +20,26 @@ app = typer.Typer(
 
 Seed = Annotated[int, typer.Option(help="Names the noise; the same seed gives the same world.")]
 WorldName = Annotated[str, typer.Option(help="'maze', a world folder, or a hub id.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps of a block.")]
-Cache = Annotated[str | None, typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")]
-Schedule = Annotated[
-    str | None,
-    typer.Option(help="Sampler, with or without steps: 'euler', 'renoise:1000,750,500,250'."),
+# What changes pixels: one value for a run, several for runs side by side.
+STEPS = typer.Option(help="Denoising steps of a block.")
+CACHE = typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")
+SCHEDULE = typer.Option(help="Sampler, with or without steps: 'euler', 'renoise:1000,750,500,250'.")
+DTYPE = typer.Option(help="auto, float32, bfloat16 or float16.")
+Steps = Annotated[int | None, STEPS]
+Cache = Annotated[str | None, CACHE]
+Schedule = Annotated[str | None, SCHEDULE]
+Dtype = Annotated[str, DTYPE]
+Prompt = Annotated[
+    str | None, typer.Option(help="Plain words; over time: 'red brick[4s] | night[4s]'.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Controls = Annotated[
+    str | None, typer.Option(help="Script of held keys per latent frame, e.g. 'W*12 WJ*4'.")
+]
+Seconds = Annotated[
+    float | None, typer.Option(help="Length; default: the script, else 20 seconds.")
+]
+Scale = Annotated[int, typer.Option(help="Enlarge every pixel; default: up to 256 lines.")]
+Json = Annotated[Path | None, typer.Option(help="Also write the figures here.")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of one stage; default: half of the cores.")
 ]
@@ -42,15 +55,9 @@ def stream(
         str, typer.Argument(help=".mp4, .gif, .webp, frames/ (PNG), or - for raw RGB to a pipe.")
     ],
     world: WorldName = "maze",
-    prompt: Annotated[
-        str | None, typer.Option(help="Plain words; over time: 'red brick[4s] | night[4s]'.")
-    ] = None,
-    controls: Annotated[
-        str | None, typer.Option(help="Script of held keys per latent frame, e.g. 'W*12 WJ*4'.")
-    ] = None,
-    seconds: Annotated[
-        float | None, typer.Option(help="Length; default: the script, else 20 seconds.")
-    ] = None,
+    prompt: Prompt = None,
+    controls: Controls = None,
+    seconds: Seconds = None,
     seed: Seed = 0,
     steps: Steps = None,
     cache: Cache = None,
@@ -58,7 +65,7 @@ def stream(
     fps: Annotated[
         float | None, typer.Option(help="Playing speed; default: the world's own.")
     ] = None,
-    scale: Annotated[int, typer.Option(help="Enlarge every pixel; default: up to 256 lines.")] = 0,
+    scale: Scale = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -95,7 +102,7 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "cpu",
     threads: Threads = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    json: Json = None,
 ) -> None:
     """Time a world by part, beside its matrix products alone; speed, first frame, memory."""
     with _loading():
@@ -135,16 +142,10 @@ def evaluate(
     world: Annotated[
         list[str] | None, typer.Option(help="'maze', 'maze-short' or a maze's folder.")
     ] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="Denoising steps of a block.")] = None,
-    cache: Annotated[
-        list[str] | None, typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")
-    ] = None,
-    schedule: Annotated[
-        list[str] | None, typer.Option(help="'euler', 'renoise' or 'renoise:1000,750,500,250'.")
-    ] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="auto, float32, bfloat16 or float16.")
-    ] = None,
+    steps: Annotated[list[int] | None, STEPS] = None,
+    cache: Annotated[list[str] | None, CACHE] = None,
+    schedule: Annotated[list[str] | None, SCHEDULE] = None,
+    dtype: Annotated[list[str] | None, DTYPE] = None,
     table: Annotated[
         bool, typer.Option("--table", help="The settings of README's table, one row each.")
     ] = False,
@@ -161,7 +162,7 @@ def evaluate(
     ] = None,
     device: Device = "cpu",
     sheet: Annotated[Path | None, typer.Option(help="Contact sheet, true above generated.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    json: Json = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write a table for people.")] = None,
 ) -> None:
     """Score a maze world against its simulator, on maps that training never saw.
@@ -200,21 +201,15 @@ def compare(
         ),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The setting to hold against it.")],
-    prompt: Annotated[
-        str | None, typer.Option(help="Plain words; over time: 'red brick[4s] | night[4s]'.")
-    ] = None,
-    controls: Annotated[
-        str | None, typer.Option(help="Script of held keys per latent frame, e.g. 'W*12 WJ*4'.")
-    ] = None,
-    seconds: Annotated[
-        float | None, typer.Option(help="Length; default: the script, else 20 seconds.")
-    ] = None,
+    prompt: Prompt = None,
+    controls: Controls = None,
+    seconds: Seconds = None,
     seed: Seed = 0,
     out: Annotated[str | None, typer.Option(help="Video of both, side by side.")] = None,
-    scale: Annotated[int, typer.Option(help="Enlarge every pixel; default: up to 256 lines.")] = 0,
+    scale: Scale = 0,
     device: Device = "cpu",
     threads: Threads = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    json: Json = None,
 ) -> None:
     """Run two settings on one seed and one script: likeness by second, drift, speed, memory."""
     with _loading():

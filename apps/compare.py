@@ -14,17 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from worldsim.apps.compare_tables import print_figures
+from worldsim.apps.length import length
 from worldsim.apps.likeness import Likeness
 from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.report import machine, write_json
 from worldsim.apps.setting import Setting
 from worldsim.apps.side import Side
-from worldsim.models.autoencoder import GROUP
 from worldsim.script import Script
 from worldsim.streaming.sinks import Frames, Sink, check_writable, open_sink
 from worldsim.world import World
 
-DEFAULT_SECONDS = 20.0
 GAP = 2  # columns of white between the two: an even number, which H.264 asks for
 NAMES = ("A", "B")
 
@@ -62,7 +61,8 @@ def run(options: CompareOptions) -> None:
         check_writable(options.json)
     worlds = _open(settings, options)
     scripts = _scripts(worlds, options)
-    fps, pictures = worlds[0].config.fps, _length(worlds[0], scripts[0], options.seconds)
+    fps = worlds[0].config.fps
+    pictures = length(options.seconds, scripts[0].frames, fps)
     likeness = Likeness(fps)
     with ExitStack() as stack:
         sides = []
@@ -156,13 +156,6 @@ def _scripts(worlds: Sequence[World], options: CompareOptions) -> list[Script]:
         if given is None and ours != theirs:
             raise ValueError(f"A and B have {name} of their own that differ: give --{name}")
     return [world.script(options.prompt, options.controls) for world in worlds]
-
-
-def _length(world: World, script: Script, seconds: float | None) -> int:
-    """Pictures: the seconds asked for, else the whole script, else 20 seconds."""
-    if seconds is None and script.frames is not None:
-        return 1 + GROUP * (script.frames - 1)
-    return max(1, round((seconds or DEFAULT_SECONDS) * world.config.fps))
 
 
 @contextmanager

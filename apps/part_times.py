@@ -5,25 +5,20 @@ else it does falls on both sides of the ratio.
 """
 
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
+from worldsim.apps.clock import Clock
 from worldsim.apps.opening import shown_scale
 from worldsim.apps.roofline import Roofline
 from worldsim.apps.setting import Setting
 from worldsim.controls import IDLE
-from worldsim.parts import PARTS
+from worldsim.parts import COMPUTED, PARTS
 from worldsim.streaming.sinks import open_sink
 from worldsim.world import World
-
-COMPUTED = PARTS[:3]  # encoding is not the model's work: it has no roofline
 
 
 @dataclass(frozen=True)
@@ -39,26 +34,6 @@ class PartTimes:
     roofline_ms: dict[str, list[float]]
     flops: dict[str, int]
     pictures: int
-
-
-@dataclass
-class Clock:
-    """Times what a device really did: it is waited for, before and after."""
-
-    device: torch.device
-    ms: dict[str, list[float]] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        self._wait()
-        began = time.perf_counter()
-        yield
-        self._wait()
-        self.ms.setdefault(name, []).append(1e3 * (time.perf_counter() - began))
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def time_parts(world: World, setting: Setting, warm_up: int, blocks: int) -> PartTimes:

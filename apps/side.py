@@ -1,24 +1,21 @@
 """One of two streams that are compared: a session that plays a script, and what it costs."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
+from worldsim.apps.clock import Clock
 from worldsim.apps.drift import Drift
 from worldsim.apps.setting import Setting
 from worldsim.cache.context import Context
 from worldsim.models.autoencoder import GROUP
+from worldsim.parts import COMPUTED
 from worldsim.script import Script
 from worldsim.session import Session
 from worldsim.streaming.sinks import Frames
 from worldsim.world import World
 
-PARTS = ("denoise", "commit", "decode")
 WARM_UP = 24  # blocks that are not timed; of a short stream a quarter
 
 
@@ -37,7 +34,7 @@ class Side:
         self.drift = Drift(world.config.fps)
         self.made = 0
         self._script = script
-        self._ms: dict[str, list[float]] = {part: [] for part in PARTS}
+        self._clock = Clock(world.device, {part: [] for part in COMPUTED})
         self._waiting: Frames = np.empty((0, world.config.height, world.config.width, 3), np.uint8)
 
     def step(self) -> None:
@@ -45,11 +42,11 @@ class Side:
         session = self.session
         session.control(prompt=self._script.prompt(session.frame))
         keys = self._script.held(session.frame, self.world.config.block_frames)
-        with self._timed("commit"):
+        with self._clock.timed("commit"):
             session.settle()
-        with self._timed("denoise"):
+        with self._clock.timed("denoise"):
             block = session.denoise(keys)
-        with self._timed("decode"):
+        with self._clock.timed("decode"):
             session.decode(block)
         self._waiting = np.concatenate([self._waiting, block.frames])
         self.made += len(block.frames)
@@ -65,10 +62,11 @@ class Side:
         second of that, bytes; drift. None is what a stream is too short for.
         """
         settings = self.session.settings
-        blocks = len(self._ms["denoise"])
+        spent = self._clock.ms
+        blocks = len(spent["denoise"])
         timed = blocks - max(1, min(WARM_UP, blocks // 4))
-        ms = {part: median(times[-timed:]) for part, times in self._ms.items()} if timed > 0 else {}
-        whole = zip(*(times[-timed:] for times in self._ms.values()), strict=True)
+        ms = {part: median(times[-timed:]) for part, times in spent.items()} if timed > 0 else {}
+        whole = zip(*(times[-timed:] for times in spent.values()), strict=True)
         pictures = GROUP * self.world.config.block_frames
         return {
             "setting": str(self.setting),
@@ -84,19 +82,6 @@ class Side:
             "drift": self.drift.figures(),
         }
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        """Times what the device really does: it is waited for, before and after."""
-        self._wait()
-        began = time.perf_counter()
-        yield
-        self._wait()
-        self._ms[part].append(1e3 * (time.perf_counter() - began))
-
-    def _wait(self) -> None:
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
-
 
 def session_bytes(session: Session) -> dict[str, int]:
     """Bytes of one session, which the weights and the encoded prompts of its world are not.
@@ -106,9 +91,8 @@ def session_bytes(session: Session) -> dict[str, int]:
     """
     pool, context = session.context.pool, session.context
     promised = Context.pages_needed(context.config, session.world.config.block_frames)
-    page = pool.nbytes // (pool.used_pages + pool.free_pages)
     return {
-        "pages": page * max(promised, len(context.table)),
+        "pages": pool.page_nbytes * max(promised, len(context.table)),
         "view": session.view.nbytes,
         "carry": sum(tensor.nbytes for tensor in session.carry or ()),
     }

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from worldsim.apps.length import length
 from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.setting import Setting
-from worldsim.models.autoencoder import GROUP
 from worldsim.session import Block
 from worldsim.streaming.overlap import overlapped
 from worldsim.streaming.pipeline import Writer
@@ -21,8 +21,6 @@ from worldsim.world import World
 
 if TYPE_CHECKING:
     from worldsim.apps.profiling import Profile
-
-DEFAULT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,9 @@ def run(options: StreamOptions) -> None:
     setting = options.setting
     world = open_world(setting.world, setting.dtype, options.device, options.threads)
     fps = world.config.fps if options.fps is None else options.fps
-    pictures = _length(world, options, fps)
+    script = options.controls
+    latents = None if script is None else 1 + len(world.actions.parse(script))
+    pictures = length(options.seconds, latents, fps)
     count = world.blocks_for(pictures)
     blocks = world.stream(
         options.prompt, options.controls, options.seed, count, setting.steps, setting.cache,
@@ -135,14 +135,6 @@ def _follow(
             progress.update(task, advance=len(block.frames), figures=figures)
             if profile is not None:
                 profile.after(block.index)
-
-
-def _length(world: World, options: StreamOptions, fps: float) -> int:
-    """Pictures to write: the seconds of film asked for, else the whole script, else 20 seconds."""
-    if options.seconds is None and options.controls is not None:
-        latents = 1 + len(world.actions.parse(options.controls))
-        return 1 + GROUP * (latents - 1)
-    return max(1, round((options.seconds or DEFAULT_SECONDS) * fps))
 
 
 def _summary(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from worldsim.maze.actions import ACTIONS
 from worldsim.maze.fitting import Rank
-from worldsim.maze.footage import Library, make_walks
-from worldsim.maze.recipe import Footage, Recipe
+from worldsim.maze.footage import Library, Walks, make_walks
+from worldsim.maze.recipe import Recipe
 from worldsim.maze.simulator import PICTURES_PER_LATENT
 from worldsim.maze.themes import Theme
 from worldsim.maze.two_copies import TwoCopies
@@ -52,30 +52,71 @@ class FlowMatching(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `clip_batches` for the batch."""
-        clean, eps, sigma = batch["latents"], batch["eps"], batch["sigma"][:, None, :, None, None]
-        context_sigma = batch["context_sigma"][:, None, :, None, None]
-        context = (1 - context_sigma) * clean + context_sigma * batch["context_eps"]
-        noisy = (1 - sigma) * clean + sigma * eps
-        both = torch.cat((context, noisy), dim=2)
-        keys, values = self.dit.encode_prompt(self.words(batch["ids"]))
-        conditioning = Conditioning(
-            keys,
-            values,
-            prompt=batch["prompt"].repeat(1, 2),
-            actions=batch["actions"].repeat(1, 2, 1),
-            rays=batch["rays"].repeat(1, 2, 1, 1),
+        clean, eps, sigma = batch["latents"], batch["eps"], batch["sigma"]
+        context = mixed(clean, batch["context_eps"], batch["context_sigma"])
+        noisy = mixed(clean, eps, sigma)
+        text = self.dit.encode_prompt(self.words(batch["ids"]))
+        copies = copies_of(self.dit, batch["seen"], clean)
+        flow = noisy_flow(
+            self.dit, text, batch, copies, context, batch["context_told"], noisy, sigma
         )
-        grid = self.dit.grid(*clean.shape[-2:])
-        copies = TwoCopies(batch["seen"], grid, self.dit.config.attention_head_dim)
-        timestep = 1000 * torch.cat((batch["context_told"], batch["sigma"]), dim=1)
-        flow = self.dit(both, timestep, conditioning, copies)[:, :, clean.shape[2] :].float()
         error = (flow - (eps - clean)).square().mean(dim=(1, 3, 4))
         weight = batch["weight"]
-        high = (batch["sigma"] > 0.75) & (weight > 0)
+        high = (sigma > 0.75) & (weight > 0)
         return {
             "loss": (error * weight).sum() / weight.sum(),
             "high_noise": (error * high).sum() / high.sum().clamp(min=1),
         }
+
+
+Text = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # see `encode_prompt`
+
+
+def noisy_flow(
+    dit: CausalWanTransformer3DModel,
+    text: Text,
+    batch: Mapping[str, Tensor],
+    copies: TwoCopies,
+    context: Tensor,
+    told: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    rows: slice = slice(None),
+) -> Tensor:
+    """Flow of the noisy copy of some ``rows`` of a batch, float32 ``[B, C, F, h, w]``.
+
+    Args:
+        copies: see `copies_of`, for these rows.
+        context, told: the clean copy, and the noise level that the model takes it for ``[B, F]``.
+        noisy, sigma: the noisy copy and its levels ``[B, F]``.
+    """
+    keys, values = text
+    conditioning = Conditioning(
+        keys,
+        values,
+        prompt=batch["prompt"][rows].repeat(1, 2),
+        actions=batch["actions"][rows].repeat(1, 2, 1),
+        rays=batch["rays"][rows].repeat(1, 2, 1, 1),
+    )
+    timestep = 1000 * torch.cat((told, sigma), dim=1)
+    both = torch.cat((context, noisy), dim=2)
+    return dit(both, timestep, conditioning, copies)[:, :, noisy.shape[2] :].float()
+
+
+def copies_of(dit: CausalWanTransformer3DModel, seen: Tensor, latents: Tensor) -> TwoCopies:
+    """The context of clips whose frames see the earlier ones that ``seen [B, F, F]`` names."""
+    return TwoCopies(seen, dit.grid(*latents.shape[-2:]), dit.config.attention_head_dim)
+
+
+def mixed(clean: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """Latents ``[B, C, F, h, w]`` at a noise level for each frame ``[B, F]``."""
+    share = sigma[:, None, :, None, None]
+    return (1 - share) * clean + share * eps
+
+
+def shifted(u: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
+    """Noise levels of even shares in 0…1."""
+    return shift * u / (1 + (shift - 1) * u)
 
 
 def earlier_frames(frames: int, window: NDArray[np.int64]) -> Tensor:
@@ -90,11 +131,12 @@ def clip_batches(
 ) -> Callable[[int], dict[str, Tensor]]:
     """Random clips out of encoded walks, with every random number that the loss needs."""
     plan = recipe.dit
-    footage, columns = recipe.dit_footage, recipe.columns
+    footage = recipe.dit_footage
 
     def encode(number: int) -> LatentWalks:
         seeds = (recipe.seed, 3, rank.index, number)
-        return encode_walks(recipe.size, footage, seeds, autoencoder, rank.device, columns)
+        walks = make_walks(footage.maps, footage.frames, seeds, rank.device)
+        return encode_walks(walks, recipe, autoencoder, rank.device)
 
     library = Library(footage, encode)
 
@@ -113,9 +155,10 @@ def clip_batches(
         ids, prompt = prompts(torch.stack(themes), words, step >= recipe.open_prompts_from, random)
         weight = torch.ones(plan.batch, plan.frames)
         weight[~torch.tensor(from_start), 0] = 0.0  # nothing leads up to that frame
+        rays_shape = (plan.batch, plan.frames, recipe.columns, ACTIONS.ray_dim)
         out = {
             "actions": torch.stack(actions),
-            "rays": torch.zeros(plan.batch, plan.frames, columns, ACTIONS.ray_dim),  # not yet
+            "rays": torch.zeros(*rays_shape),  # not told yet
             "ids": ids,
             "prompt": prompt,
             "weight": weight,
@@ -129,23 +172,14 @@ def clip_batches(
 
 
 def encode_walks(
-    size: tuple[int, int],
-    footage: Footage,
-    seeds: tuple[int, ...],
-    autoencoder: CausalAutoencoder,
-    device: str,
-    columns: int,
-    switches: float = 0.3,
-    homing_rows: int = 0,
-    drilled: bool = False,
+    walks: Walks, recipe: Recipe, autoencoder: CausalAutoencoder, device: str
 ) -> LatentWalks:
-    """One batch of training walks as the model sees them, ``columns`` tokens across; for the other
-    arguments see `make_walks`."""
-    walks = make_walks(footage.maps, footage.frames, seeds, device, switches, homing_rows, drilled)
+    """Training walks as the model sees them."""
+    rows, frames = walks.themes.shape[:2]
     latents = []
     with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16):
-        for row in range(0, footage.maps, 4):
-            pictures = walks.pictures(0, footage.frames, size, slice(row, row + 4))
+        for row in range(0, rows, 4):
+            pictures = walks.pictures(0, frames, recipe.size, slice(row, row + 4))
             z = autoencoder.normalised(autoencoder.encode_clip(from_pictures(pictures)))
             latents.append(z.transpose(1, 2).half())
     held = walks.keys.cpu().numpy()
@@ -154,7 +188,7 @@ def encode_walks(
     return LatentWalks(
         torch.cat(latents).clone(),
         torch.from_numpy(actions),
-        torch.from_numpy(ACTIONS.rays(held, columns)),
+        torch.from_numpy(ACTIONS.rays(held, recipe.columns)),
         walks.themes.cpu(),
         walks.poses[:, ::PICTURES_PER_LATENT].cpu(),
     )
@@ -195,8 +229,7 @@ def prompts(
 
 def _noise_levels(recipe: Recipe, random: np.random.Generator) -> dict[str, Tensor]:
     shape = (recipe.dit.batch, recipe.dit.frames)
-    u = random.random(shape)
-    sigma = recipe.shift * u / (1 + (recipe.shift - 1) * u)
+    sigma = shifted(random.random(shape), recipe.shift)
     clip = (recipe.dit.batch, 1)
     noisy = random.random(clip) >= CLEAN_CONTEXT
     context = noisy * recipe.context_noise * random.random(shape)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from worldsim.maze.simulator import PICTURES_PER_LATENT, maps, render
 from worldsim.maze.themes import ALL_THEMES
+from worldsim.maze.truth import WANDER
 from worldsim.maze.walks import HELD_OUT, walks
 
 BANDS = 8  # horizontal stripes in which colours are measured
 MAPS = 24  # true clips by which each theme is known, and as many by which the method is checked
-LATENTS, WANDER = 8, 25  # latent frames of a clip, and of the walk before it
+LATENTS = 8  # latent frames of a clip
 EVERY = 4  # pictures; successive ones show much the same
 SHRINKAGE = 0.01  # of the spread within a theme towards a ball
 

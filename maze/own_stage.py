@@ -8,6 +8,7 @@ other half learns as in stage two, with contexts worn in the ways in which rollo
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,14 +17,21 @@ from torch.nn import functional as F
 
 from worldsim.maze.clips import Clip, Clips
 from worldsim.maze.critic import Critic, losses
-from worldsim.maze.dit_stage import LatentWalks, encode_walks, prompts
+from worldsim.maze.dit_stage import (
+    LatentWalks,
+    copies_of,
+    encode_walks,
+    mixed,
+    noisy_flow,
+    prompts,
+    shifted,
+)
 from worldsim.maze.fitting import Rank
-from worldsim.maze.footage import Library
+from worldsim.maze.footage import Library, make_walks
 from worldsim.maze.layout import SIZE
 from worldsim.maze.recipe import Lesson, Recipe
-from worldsim.maze.two_copies import TwoCopies
 from worldsim.models.autoencoder import CausalAutoencoder
-from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
+from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.words import WordEncoder
 from worldsim.schedule import Schedule
 
@@ -49,36 +57,25 @@ class OwnFrames(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `own_batches` for the batch; the second half of its clips are own ones."""
         clean, context = batch["latents"], worn(batch)
-        half, frames = len(clean) // 2, clean.shape[2]
-        keys, values = self.dit.encode_prompt(self.words(batch["ids"]))
-        actions, prompt, seen = batch["actions"], batch["prompt"], batch["seen"]
-        copies = self._copies(seen, clean)
+        half = len(clean) // 2
+        text = self.dit.encode_prompt(self.words(batch["ids"]))
         told, sigma = batch["context_told"].clone(), batch["sigma"].clone()
         noisy = mixed(clean, batch["eps"], sigma)
 
-        def flow(x: Tensor, level: Tensor, before: Tensor, said: Tensor, rows: slice) -> Tensor:
-            conditioning = Conditioning(
-                keys,
-                values,
-                prompt[rows].repeat(1, 2),
-                actions[rows].repeat(1, 2, 1),
-                batch["rays"][rows].repeat(1, 2, 1, 1),
-            )
-            context = copies if rows == ALL else self._copies(seen[rows], clean)
-            timestep = 1000 * torch.cat((said, level), dim=1)
-            both = torch.cat((before, x), dim=2)
-            return self.dit(both, timestep, conditioning, context)[:, :, frames:].float()
-
         with torch.no_grad():
             own = slice(half, None)
+            flow = partial(
+                noisy_flow, self.dit, text, batch, copies_of(self.dit, batch["seen"][own], clean),
+                rows=own,
+            )  # fmt: skip
             before, said = context[own], told[own]
             *generations, last = batch["own_eps"][:, own]
             given = batch["given"][own]
             for eps in generations:
-                made = self._steps(flow, eps, self.levels, before, said, own)
+                made = few_steps(flow, eps, self.levels, before, said)
                 before = torch.where(given[:, None, :, None, None], before, made)
                 said = said * given
-            last = self._steps(flow, last, self.levels[:-1], before, said, own)
+            last = few_steps(flow, last, self.levels[:-1], before, said)
             final = batch["final"][own]
             noisy[own] = torch.where(final[:, None, :, None, None], last, noisy[own])
             sigma[own] = torch.where(final, self.levels[-1][0], sigma[own])
@@ -86,7 +83,8 @@ class OwnFrames(nn.Module):
             told[own] = said
 
         spread = sigma[:, None, :, None, None]
-        predicted = flow(noisy, sigma, context, told, ALL)
+        copies = copies_of(self.dit, batch["seen"], clean)
+        predicted = noisy_flow(self.dit, text, batch, copies, context, told, noisy, sigma)
         error = (predicted - (noisy - clean) / spread).square().mean(dim=(1, 3, 4))
         weight = batch["weight"]
         x0 = (noisy - spread * predicted).transpose(1, 2)
@@ -106,33 +104,19 @@ class OwnFrames(nn.Module):
             "detail": detail(shown) / detail(true),
         }
 
-    def _steps(
-        self,
-        flow: Callable[..., Tensor],
-        x: Tensor,
-        levels: Sequence[tuple[float, float]],
-        before: Tensor,
-        said: Tensor,
-        rows: slice,
-    ) -> Tensor:
-        """Every frame as a rollout makes it, through these levels (each with the following one)."""
-        for sigma, following in levels:
-            level = x.new_full((x.shape[0], x.shape[2]), sigma)
-            x = x + (following - sigma) * flow(x, level, before, said, rows)
-        return x
 
-    def _copies(self, seen: Tensor, clean: Tensor) -> TwoCopies:
-        grid = self.dit.grid(*clean.shape[-2:])
-        return TwoCopies(seen, grid, self.dit.config.attention_head_dim)
-
-
-ALL = slice(None)
-
-
-def mixed(clean: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-    """Latents ``[B, C, F, h, w]`` at a noise level for each frame ``[B, F]``."""
-    share = sigma[:, None, :, None, None]
-    return (1 - share) * clean + share * eps
+def few_steps(
+    flow: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    levels: Sequence[tuple[float, float]],
+    context: Tensor,
+    told: Tensor,
+) -> Tensor:
+    """Every frame as a rollout makes it, through these levels (each with the following one)."""
+    for sigma, following in levels:
+        level = x.new_full((x.shape[0], x.shape[2]), sigma)
+        x = x + (following - sigma) * flow(context, told, x, level)
+    return x
 
 
 def worn(batch: Mapping[str, Tensor]) -> Tensor:
@@ -166,10 +150,11 @@ def own_batches(
     def library(homing_rows: int) -> Library[tuple[LatentWalks, Clips]]:
         def encode(number: int) -> tuple[LatentWalks, Clips]:
             seeds = (seed, 6, rank.index, number)
-            walks = encode_walks(
-                recipe.size, footage, seeds, autoencoder, rank.device, recipe.columns,
+            made = make_walks(
+                footage.maps, footage.frames, seeds, rank.device,
                 switches=0.5, homing_rows=homing_rows, drilled=lesson.drilled,
             )  # fmt: skip
+            walks = encode_walks(made, recipe, autoencoder, rank.device)
             shares = (lesson.returning, lesson.switching)
             return walks, Clips(walks.poses, walks.themes, plan.frames, SIZE, *shares)
 
@@ -191,7 +176,8 @@ def own_batches(
             clips.append(clip)
         clean = torch.stack(latents).float().transpose(1, 2)
         generator = torch.Generator(clean.device).manual_seed(int(random.integers(2**62)))
-        drawn = 3 + (1 if lesson.generations == 1 else int(random.integers(lesson.generations)) + 1)
+        # Two for the clip itself, one for each generation, one for the last step's input.
+        drawn = 2 + (1 + int(random.integers(lesson.generations))) + 1
         eps, context_eps, *own_eps = (
             torch.randn(clean.shape, generator=generator, device=clean.device) for _ in range(drawn)
         )
@@ -245,13 +231,13 @@ def _frames(
 def _wear(recipe: Recipe, shape: tuple[int, ...], random: np.random.Generator) -> dict[str, Tensor]:
     """Noise levels of the frames, and how worn each context is."""
     clips, channels, frames = shape[:3]
-    u = random.random((clips, frames))
+    sigma = shifted(random.random((clips, frames)), recipe.shift)
     used = random.random((clips, 1)) >= CLEAN_CONTEXT
     noise = used * recipe.context_noise * random.random((clips, 1)) * random.random((clips, frames))
     blur = used * random.random((clips, 1)) * random.random((clips, frames))
     blur *= random.random((clips, 1)) < 0.5
     wear = {
-        "sigma": np.maximum(recipe.shift * u / (1 + (recipe.shift - 1) * u), 0.02),
+        "sigma": np.maximum(sigma, 0.02),
         "context_sigma": noise,
         "context_told": noise * (random.random((clips, 1)) >= 0.5),
         "blur": blur,

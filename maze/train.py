@@ -94,24 +94,31 @@ def _autoencoder(recipe: Recipe, folder: Path, rank: Rank) -> CausalAutoencoder:
     return autoencoder
 
 
-def _dit(
-    recipe: Recipe, folder: Path, rank: Rank, autoencoder: CausalAutoencoder
-) -> tuple[CausalWanTransformer3DModel, WordEncoder]:
-    torch.manual_seed(recipe.seed)
+def untrained(recipe: Recipe, channels: int) -> tuple[CausalWanTransformer3DModel, WordEncoder]:
+    """The DiT of a recipe, for latents of so many channels, and its word encoder: random."""
     words = WordEncoder(
         tuple(SYNONYMS), VOCABULARY, sorted(IGNORED), recipe.text_dim, recipe.text_length
     )
     dit = CausalWanTransformer3DModel(
         num_attention_heads=recipe.heads,
         attention_head_dim=recipe.head_dim,
-        in_channels=autoencoder.config.latent_channels,
-        out_channels=autoencoder.config.latent_channels,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=recipe.text_dim,
         ffn_dim=recipe.ffn_dim,
         num_layers=recipe.layers,
         action_dim=ACTIONS.dim,
         ray_dim=ACTIONS.ray_dim,
     )
+    return dit, words
+
+
+def _dit(
+    recipe: Recipe, folder: Path, rank: Rank, autoencoder: CausalAutoencoder
+) -> tuple[CausalWanTransformer3DModel, WordEncoder]:
+    torch.manual_seed(recipe.seed)
+    dit, words = untrained(recipe, autoencoder.config.latent_channels)
+    assert dit.ray_embedder is not None, "the maze has a camera"
     for part in (dit.proj_out, dit.ray_embedder):
         nn.init.zeros_(part.weight)
     dit.set_attention_backend(MATMUL if rank.device == "cpu" else NATIVE)

@@ -7,13 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from worldsim.maze.actions import ACTIONS
 from worldsim.maze.recipe import TINY, Recipe
-from worldsim.maze.themes import IGNORED, SYNONYMS, VOCABULARY
-from worldsim.maze.train import world_config
+from worldsim.maze.train import untrained, world_config
 from worldsim.models.autoencoder import CausalAutoencoder
-from worldsim.models.transformer import CausalWanTransformer3DModel
-from worldsim.models.words import WordEncoder
 from worldsim.world import World
 
 # Tiny models gain nothing from threads, and beside other work a barrier can cost a hundredfold.
@@ -27,16 +23,7 @@ def random_world(recipe: Recipe = TINY, **config: object) -> World:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         autoencoder = CausalAutoencoder(widths=recipe.widths)
-        words = WordEncoder(
-            tuple(SYNONYMS), VOCABULARY, sorted(IGNORED), recipe.text_dim, recipe.text_length
-        )
-        channels = autoencoder.config.latent_channels
-        transformer = CausalWanTransformer3DModel(
-            num_attention_heads=recipe.heads, attention_head_dim=recipe.head_dim,
-            in_channels=channels, out_channels=channels, text_dim=recipe.text_dim,
-            ffn_dim=recipe.ffn_dim, num_layers=recipe.layers, action_dim=ACTIONS.dim,
-            ray_dim=ACTIONS.ray_dim,
-        )  # fmt: skip
+        transformer, words = untrained(recipe, autoencoder.config.latent_channels)
     models = (transformer, autoencoder, words)
     for model in models:
         model.eval().requires_grad_(False)

@@ -6,7 +6,8 @@ from contextlib import contextmanager, nullcontext
 
 from torch.autograd import profiler
 
-PARTS = ("denoise", "commit", "decode", "encode")  # the last is the sink's, not the model's
+COMPUTED = ("denoise", "commit", "decode")  # the model's work
+PARTS = (*COMPUTED, "encode")  # the last is the sink's
 
 
 @contextmanager

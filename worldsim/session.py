@@ -234,9 +234,8 @@ class Session:
         held = spec.multi_hot(applied.keys)
         vectors, pose = spec.actions(held, self.pose)
         rays = spec.rays(held, self.world.grid[1], self.pose)
-        told = (torch.from_numpy(part)[None].to(self.world.device) for part in (vectors, rays))
-        actions, seen = told
-        return Conditioning(keys, values, actions=actions, rays=seen), pose
+        actions, looks = (torch.from_numpy(a)[None].to(self.world.device) for a in (vectors, rays))
+        return Conditioning(keys, values, actions=actions, rays=looks), pose
 
     def _noise(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
         return noise(self.settings.seed, block, step, shape)
