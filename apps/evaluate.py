@@ -1,8 +1,9 @@
 """`worldsim evaluate`: the scoreboard. Scores against the simulator, one row for each setting."""
 
+import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,41 +64,47 @@ class Column:
     title: str
     unit: str
     scale: float = 1.0
-    beside: str = ""  # another score, or plain words
+    against: tuple[str, str] = ("", "")  # another score, and what it is called here
+    note: str = ""
 
 
 def columns(given: Material) -> list[Column]:
     """The table, in order; scores that were not taken are left out."""
     looks, inverse = given.readers.looks, given.readers.inverse
-    themes, attributes = f"truth {100 * looks.themes:.0f}", f"truth {100 * looks.attributes:.0f}"
-    turn, advance = (f"truth {100 * share:.1f}" for share in inverse.accuracy)
+    turn, advance = (f"truth {100 * right:.1f}" for right in inverse.accuracy)
+    themes = f"{100 * looks.attributes:.0f} % of true ones can be read"
     return [
         Column("autoencoder", "autoencoder", "dB"),
         *(
-            Column(f"second {s}", f"rollout, second {s}", "dB", beside=f"frozen {s}")
+            Column(f"second {s}", f"rollout, second {s}", "dB", against=(f"frozen {s}", "frozen"))
             for s in (1, 2, 4)
         ),
-        Column("forks", "forks", "%", 100, "chance 20"),
-        Column("turn seen", "turn in the pictures", "%", 100, turn),
-        Column("advance seen", "advance in the pictures", "%", 100, advance),
-        Column("return", "return", "dB", beside="return, other map"),
-        Column("return, swapped", "return, pages swapped", "dB"),
-        Column("prompt", "prompt, attributes", "%", 100, attributes),
-        Column("one word", "prompt of one word", "%", 100, "chance 25"),
-        Column("change", "prompt changed, attributes", "%", 100, attributes),
-        Column("change shown", "prompt changed, theme", "%", 100, themes),
+        Column("forks", "forks", "%", 100, note="chance 20"),
+        Column("turn seen", "turn in the pictures", "%", 100, ("turn none", "still"), turn),
+        Column(
+            "advance seen", "advance in the pictures", "%", 100, ("advance none", "still"), advance
+        ),
+        Column("return", "return", "dB", against=("return, away", "view while away")),
+        Column(
+            "return, swapped", "return, pages swapped", "dB",
+            against=("return, other map", "other map"),
+        ),
+        Column("prompt", "prompt, attributes", "%", 100, note=themes),
+        Column("one word", "prompt of one word", "%", 100, note="chance 25"),
+        Column("change", "prompt changed, attributes", "%", 100, note=themes),
+        Column("change shown", "prompt changed, theme", "%", 100, note="all four, where readable"),
         Column("sharpness, first", "sharpness, first 10 s", "× true"),
         Column("sharpness", "sharpness, last 10 of 60 s", "× true"),
         Column("motion, first", "motion, first 10 s", "× true"),
         Column("motion", "motion, last 10 of 60 s", "× true"),
         Column("colour, first", "colour off, first 10 s", "levels"),
         Column("colour", "colour off, last 10 of 60 s", "levels"),
-        Column("theme", "theme kept, last 10 of 60 s", "%", 100, attributes),
+        Column("theme", "theme kept, last 10 of 60 s", "%", 100, note=themes),
         Column("drift error", "drift error (VDE)", ""),
-        Column("late forks", "forks, last 10 of 60 s", "%", 100, "truth 88, deaf 20"),
+        Column("late forks", "forks, last 10 of 60 s", "%", 100, note="deaf 20"),
         Column("fps", "speed, one process", "fps"),
         Column("bytes", "context", "KiB", 1 / 1024),
-    ]
+    ]  # fmt: skip
 
 
 def run(options: EvaluateOptions) -> None:
@@ -115,22 +122,30 @@ def run(options: EvaluateOptions) -> None:
             check_writable(path)
     if options.sheet is not None and options.sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet is a PNG file, got {str(options.sheet)!r}")
+    if options.sheet is not None and (options.self_test or len(options.settings) > 1):
+        raise ValueError("--sheet shows one setting of a world: leave the other switches out")
+    if len(set(options.settings)) < len(options.settings):
+        raise ValueError("a setting is listed twice: name each value once")
     size = _check(options)
     with Console(stderr=True).status("reading what is true on held-out maps"):
         given = material(size, options.states, options.measures or tuple(MEASURES))
     processes = options.processes or (1 if options.device != "cpu" else os.cpu_count() or 1)
-    if options.self_test:
-        found = check_scores(given, processes)
-    else:
-        found = evaluate(options, given, processes)
-    shown = [c for c in columns(given) if any(c.score in row for row in found.values())]
+    rows = check_scores(given, processes) if options.self_test else evaluate(
+        options, given, processes
+    )  # fmt: skip
+    found: dict[str, Row] = {}
+    shown: list[Column] = []
+    for name, row in rows:
+        found[name] = row
+        shown = [c for c in columns(given) if any(c.score in row for row in found.values())]
+        # After each row: who stops a long list has what was scored until then.
+        write_json(options.json, _figures(options, found, shown))
+        if options.markdown is not None:
+            options.markdown.write_text(_markdown(found, shown))
     if len(found) == 1:
         _print_one(next(iter(found.items())), shown)
     else:
         _print_rows(found, shown)
-    write_json(options.json, _figures(options, found, shown))
-    if options.markdown is not None:
-        options.markdown.write_text(_markdown(found, shown))
 
 
 def _check(options: EvaluateOptions) -> tuple[int, int]:
@@ -153,9 +168,10 @@ def _check(options: EvaluateOptions) -> tuple[int, int]:
 Row = Mapping[str, np.ndarray]
 
 
-def evaluate(options: EvaluateOptions, given: Material, processes: int) -> dict[str, Row]:
-    """Every score of every setting, ``{setting: {score: one value for each walk}}``."""
-    found: dict[str, Row] = {}
+def evaluate(
+    options: EvaluateOptions, given: Material, processes: int
+) -> Iterator[tuple[str, Row]]:
+    """Every score of every setting, ``(setting, {score: one value for each walk})``."""
     with _progress() as progress:
         for setting in options.settings:
             task = progress.add_task(str(setting), total=given.total)
@@ -163,10 +179,9 @@ def evaluate(options: EvaluateOptions, given: Material, processes: int) -> dict[
             world = open_world(setting.world, setting.dtype, options.device, 1)
             alone = {**_speed(world, setting), **_ceiling(world, given)}
             scores = score(partial(_open, setting, options.device), given, processes, note)
-            found[str(setting)] = {**scores, **alone}
             if options.sheet is not None:
                 _sheet(options.sheet, _subject(world, setting), given)
-    return found
+            yield str(setting), {**scores, **alone}
 
 
 def _open(setting: Setting, device: str) -> Subject:
@@ -206,22 +221,34 @@ def _sheet(path: Path, subject: Subject, given: Material) -> None:
         rollout_sheet(subject, given.walks["rollout"], SHEET_ROWS).save(path)
 
 
-def mean(values: np.ndarray) -> tuple[float, float]:
-    """Mean and half of its 95 % interval (normal; few walks make it a rough one)."""
-    half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return float(values.mean()), half
+def mean(values: np.ndarray) -> tuple[float, float, int]:
+    """Mean, half of its 95 % interval (Student's), and how many values count: NaN does not."""
+    x = values[~np.isnan(values)]
+    if len(x) < 2:
+        return (float(x[0]) if len(x) else math.nan), 0.0, len(x)
+    return float(x.mean()), _student(len(x) - 1) * float(x.std(ddof=1)) / len(x) ** 0.5, len(x)
+
+
+def _student(freedom: int) -> float:
+    """97.5 % quantile of Student's t (Cornish-Fisher; off by less than 1 % from 4 up)."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96)
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def _print_one(found: tuple[str, Row], shown: Sequence[Column]) -> None:
     name, row = found
     lines = []
     for column in shown:
-        beside = column.beside
-        if beside in row:
-            words = "frozen" if beside.startswith("frozen") else "other map"
-            beside = f"{words} {mean(row[beside])[0]:.2f}"
-        lines.append([column.title, _cell(row, column), column.unit, beside])
-    print_table(f"{name}, on held-out maps", ("score", "mean ± 95 %", "unit", "beside it"), lines)
+        other, called = column.against
+        beside = [column.note] if column.note else []
+        if other in row:
+            beside.insert(0, f"{called} {_number(column.scale * mean(row[other])[0], column)}")
+        walks = mean(row[column.score])[2]
+        words = "; ".join(beside)
+        lines.append([column.title, _cell(row, column), column.unit, str(walks), words])
+    heads = ("score", "mean ± 95 %", "unit", "walks", "beside it")
+    print_table(f"{name}, on held-out maps", heads, lines)
 
 
 def _print_rows(found: Mapping[str, Row], shown: Sequence[Column]) -> None:
@@ -233,16 +260,20 @@ def _print_rows(found: Mapping[str, Row], shown: Sequence[Column]) -> None:
         print_table("" if first else "on held-out maps", ("setting", *heads), lines)
 
 
-PER_TABLE = 6
+PER_TABLE = 4
 
 
 def _cell(row: Row, column: Column) -> str:
     if column.score not in row:
         return ""
-    value, half = (column.scale * figure for figure in mean(row[column.score]))
+    value, half, walks = mean(row[column.score])
+    spread = f" ± {_number(column.scale * half, column)}" if walks > 1 else ""
+    return f"{_number(column.scale * value, column)}{spread}"
+
+
+def _number(value: float, column: Column) -> str:
     digits = 1 if column.unit in ("%", "fps") else 0 if column.unit == "KiB" else 2
-    spread = f" ± {half:.{digits}f}" if len(row[column.score]) > 1 else ""
-    return f"{value:.{digits}f}{spread}"
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _markdown(found: Mapping[str, Row], shown: Sequence[Column]) -> str:
@@ -262,8 +293,9 @@ def _figures(
     for name, row in found.items():
         rows[name] = {}
         for score_name, values in row.items():
-            value, half = mean(values)
-            rows[name][score_name] = {"mean": value, "ci95": half, "walks": len(values)}
+            value, half, walks = mean(values)
+            number = None if math.isnan(value) else value  # JSON knows no NaN
+            rows[name][score_name] = {"mean": number, "ci95": half, "walks": walks}
     return {
         "measures": list(options.measures or MEASURES),
         "states": options.states,
@@ -273,16 +305,14 @@ def _figures(
     }
 
 
-def check_scores(given: Material, processes: int) -> dict[str, Row]:
+def check_scores(given: Material, processes: int) -> Iterator[tuple[str, Row]]:
     """Every score of the simulator itself, whole and with each known fault: does each score fall
     for what it is meant to see, and for that alone?"""
-    found: dict[str, Row] = {}
     with _progress() as progress:
         for name, fault in FAULTS.items():
             task = progress.add_task(name, total=given.total)
             note: Callable[[], None] = partial(progress.advance, task)
-            found[name] = score(partial(Simulated, fault), given, processes, note)
-    return found
+            yield name, score(partial(Simulated, fault), given, processes, note)
 
 
 def _progress() -> Progress:

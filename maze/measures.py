@@ -4,6 +4,7 @@ A measure returns named numbers for its walk; `worldsim evaluate` averages them 
 measure compares with the truth of the same controls, and none looks at anything but pictures.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -47,7 +48,8 @@ Measure = Callable[[Subject, Truth, int, Readers], Scores]
 
 def rollout(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores:
     """Four seconds under the walk's own controls: PSNR of the 1st, 2nd and 4th, that of freezing
-    the last given picture, and how often the motion in the pictures is the true one."""
+    the last given picture, and how often the motion in the pictures is the true one (and how often
+    that is none: what a still picture gets)."""
     track = truth.track(row)[GIVEN : GIVEN + SECOND * ROLLOUT]
     stream = subject.resume(truth, row)
     made = stream.walk(track)
@@ -61,9 +63,16 @@ def rollout(subject: Subject, truth: Truth, row: int, readers: Readers) -> Score
         out[f"frozen {second}"] = psnr(still[part], true[1:][part])
     moved, clear = labels(truth.poses[row, FIRST - 1 : FIRST + len(made)])
     seen = readers.inverse.recover(np.concatenate([true[:1], made]))
-    right = np.where(clear, seen == moved, np.nan)
-    out["turn seen"], out["advance seen"] = np.nanmean(right, axis=0).tolist()
+    for axis, name in enumerate(("turn", "advance")):
+        counted = clear[:, axis]
+        out[f"{name} seen"] = share((seen == moved)[:, axis], counted)
+        out[f"{name} none"] = share(moved[:, axis] == 0, counted)
     return out
+
+
+def share(right: NDArray[np.bool_], counted: NDArray[np.bool_]) -> float:
+    """Share of those that count which are right; NaN, which no mean counts, where none does."""
+    return float(right[counted].mean()) if counted.any() else math.nan
 
 
 def forks(subject: Subject, truth: Truth, row: int, _: Readers) -> Scores:
@@ -98,7 +107,9 @@ def forkable(truth: Truth, wanted: int) -> list[int]:
             rows.append(row)
         if len(rows) == wanted:
             return rows
-    raise ValueError(f"only {len(rows)} of {len(truth.poses)} walks can be forked; add walks")
+    raise ValueError(
+        f"only {len(rows)} of {len(truth.poses)} held-out walks can be forked, not {wanted}"
+    )
 
 
 def leaving(truth: Truth, row: int) -> list[Keys]:
@@ -118,17 +129,20 @@ def _away_and_back(steps: int, round_trip: bool) -> list[Keys]:
 
 
 def returning(subject: Subject, truth: Truth, row: int, _: Readers) -> Scores:
-    """Leave and return: PSNR of the first view when it is seen again; the same where the given
+    """Leave and return: PSNR of the first view when it is seen again; that of what is seen with the
+    back turned to it, which who never left scores as high; that of the return where the given
     frames, all that is left of that place, are those of another map; and how alike the two places
     are. The walk stands still while it is given, so that any sink holds the view."""
     track = leaving(truth, row)
     stream = subject.resume(truth, row)
-    absent, again = track[:-RETURN], track[-RETURN:]
+    turned, absent, again = track[:HALF_TURN], track[HALF_TURN:-RETURN], track[-RETURN:]
+    true = truth.pictures(row, FIRST - 1, FIRST).numpy()
+    away = _view(stream.walk(turned), true)
     stream.walk(absent)
     other = truth.of_another_map(row)
     mistaken = subject.mistaken(stream, other, 0)
-    true = truth.pictures(row, FIRST - 1, FIRST).numpy()
     out = {
+        "return, away": away,
         "return": _view(stream.walk(again), true),
         "return, swapped": _view(mistaken.walk(again), true),
         "return, other map": _view(other.pictures(0, FIRST - 1, FIRST).numpy(), true),
@@ -147,30 +161,37 @@ def prompts(subject: Subject, truth: Truth, row: int, readers: Readers) -> Score
     """What the pictures show of what was asked: the share of a prompt's attributes in the first
     two seconds; whether all four are those of another prompt from the second to the end of the
     third second after a change, and their share; whether the wall is right when the prompt names
-    nothing else."""
+    nothing else. Only attributes that can be read off the true pictures of the same walk count."""
     track = truth.track(row)
+    first = slice(1, 1 + 2 * PICTURES)
     stream = subject.dream(truth, row, truth.prompt(row))
-    made = stream.walk(track[1 : 1 + 2 * SECOND])
-    begun = _shown(readers.looks, made, truth, row)
-    other = (row + 1) % len(truth.poses)
-    stream.ask(truth.theme(other))
-    made = stream.walk(track[1 + 2 * SECOND : 1 + 5 * SECOND])
+    begun = stream.walk(track[1 : 1 + 2 * SECOND])
+    other = truth.in_theme((row + 1) % len(truth.poses))
+    stream.ask(other.theme(row))
+    last = slice(-2 * PICTURES, None)
+    changed = stream.walk(track[1 + 2 * SECOND : 1 + 5 * SECOND])[last]
     stream.close()
-    switched = _shown(readers.looks, made[-2 * PICTURES :], truth, other)
     wall = int(truth.themes[row][0])
     stream = subject.dream(truth, row, WALLS[wall])
     made = stream.walk(track[1 : 1 + 2 * SECOND])
     stream.close()
+    right, counted = _shown(readers.looks, changed, other, row, last)
     return {
-        "prompt": begun.mean(),
-        "change shown": float(switched.all()),
-        "change": switched.mean(),
+        "prompt": share(*_shown(readers.looks, begun, truth, row, first)),
+        "change shown": float(right.all()) if counted.all() else math.nan,
+        "change": share(right, counted),
         "one word": float(readers.looks.recognise(made)[0] == wall),
     }
 
 
-def _shown(looks: Looks, clip: Pictures, truth: Truth, row: int) -> NDArray[np.bool_]:
-    return np.array(looks.recognise(clip)) == truth.themes[row].numpy()
+def _shown(
+    looks: Looks, made: Pictures, truth: Truth, row: int, part: slice
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of a theme's attributes are read right off what was made, and which of them off that
+    part of the true walk: before a bare wall nobody can tell them all."""
+    asked = truth.themes[row].numpy()
+    true = truth.pictures(row, part.start, part.stop)
+    return np.array(looks.recognise(made)) == asked, np.array(looks.recognise(true)) == asked
 
 
 def minute(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores:
@@ -180,12 +201,12 @@ def minute(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores
     walk (a stretch of it may face a bare wall); colour is a distance. ``drift error`` is LV-Bench's
     VDE over ten parts of the walk; its m is the ratio of each part's sharpness to the true part's
     (or to half of the whole walk's, where that is more), so that what is to be seen counts little.
-    ``late forks``: five controls, tried once in the last ten seconds and judged by the motion in
-    the pictures. Some run into walls; who does not heed keys at all gets a fifth.
+    ``late forks``: five controls, tried once in the last ten seconds, where the true walk has most
+    room, and judged by the motion in the pictures; who does not heed keys at all gets a fifth.
     """
     track = truth.track(row)[GIVEN : GIVEN + SECOND * MINUTE]
     stream = subject.resume(truth, row)
-    before = SECOND * (MINUTE - LATE // 2)
+    before = roomiest(truth, row)
     made = stream.walk(track[:before])
     late = _late_forks(stream, made[-1:], readers.inverse)
     made = np.concatenate([made, stream.walk(track[before:])])
@@ -201,10 +222,19 @@ def minute(subject: Subject, truth: Truth, row: int, readers: Readers) -> Scores
         "motion": motion(made[end]) / moving,
         "colour, first": colour_distance(made[early], true[early]),
         "colour": colour_distance(made[end], true[end]),
-        "theme": _shown(readers.looks, made[end], truth, row).mean(),
+        "theme": share(*_shown(readers.looks, made[end], truth, row, end)),
         "drift error": vde([sharpness(a) / max(sharpness(b), clear / 2) for a, b in parts]),
         "late forks": late,
     }
+
+
+def roomiest(truth: Truth, row: int) -> int:
+    """The latent frame after the given ones, in the last ten seconds of a minute, from which the
+    true walk could go furthest for a second, forward or back, whichever is less."""
+    moments = range(SECOND * (MINUTE - LATE), SECOND * (MINUTE - 1))
+    pictures = [FIRST - 1 + PICTURES_PER_LATENT * moment for moment in moments]
+    free = truth.room(row, pictures, (FORKS["forward"], FORKS["back"]), SECOND)
+    return moments[int(free.argmax())]
 
 
 def _late_forks(stream: Stream, last: Pictures, inverse: Inverse) -> float:

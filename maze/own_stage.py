@@ -210,7 +210,7 @@ def _frames(
     index = np.arange(frames)
     remembered = np.array([clip.remembered for clip in clips])[:, None]
     from_start = np.array([clip.frames[0] == 0 for clip in clips])[:, None]
-    # Remembered frames have nothing before them that leads there, nor has the first of a run.
+    # Remembered frames are given, and so is where a plain stretch begins.
     weight = (index >= remembered) & ((index > 0) | from_start)
     far = random.random(len(clips)) < 0.5
     near = random.integers(3, frames, len(clips))
@@ -218,12 +218,14 @@ def _frames(
     if alone:
         lonely = (random.random(len(clips)) < ALONE) & (remembered[:, 0] > 0)
         window = np.where(lonely, random.integers(0, 3, len(clips)), window)
+    final = random.random((len(clips), frames)) < FINAL
+    final[:, -1] = True  # so that every clip has a frame for the critic
     back = index[:, None] - index[None, :]
     seen = (back > 0) & ((back <= window[:, None, None]) | (index < remembered)[:, None, :])
     return {
         "weight": torch.from_numpy(weight).float(),
         "given": torch.from_numpy(index <= remembered),
-        "final": torch.from_numpy(random.random((len(clips), frames)) < FINAL),
+        "final": torch.from_numpy(final),
         "seen": torch.from_numpy(seen),
     }
 

@@ -122,11 +122,11 @@ OWN = Lesson(
 )
 DRILL = Lesson(
     "drill",
-    Fit(steps=3600, batch=8, frames=12, muon=0.005, adam=1e-3),
+    Fit(steps=2400, batch=8, frames=12, muon=0.005, adam=1e-3),
     Footage(24, 128, 3, 200),
     drilled=True,
-    returning=0.45,
-    switching=0.3,
+    returning=0.4,
+    switching=0.35,
     generations=2,
     criticism=0.1,
 )

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from worldsim.controls import Keys
+from worldsim.maze.layout import SIZE
 from worldsim.maze.simulator import (
     KEYS,
     PICTURES_PER_LATENT,
@@ -84,6 +86,25 @@ class Truth:
         apart = (end - start[0]).abs()
         apart[2] = torch.minimum(apart[2], 2 * math.pi - apart[2])
         return bool(apart.max() < HOME)
+
+    def room(
+        self, row: int, pictures: Sequence[int], tried: Sequence[Keys], latents: int
+    ) -> NDArray[np.float64]:
+        """How far one comes from each picture's pose with any of the ``tried`` keys held, the
+        least of them, in cells ``[len(pictures)]``."""
+        start = self.poses[row, list(pictures)]
+        mazes = self.mazes[[row] * len(start)]
+        far = []
+        for keys in tried:
+            held = torch.tensor([key in keys for key in KEYS]).expand(len(start), 1 + latents, -1)
+            way = trajectory(mazes, start, held)[..., :2].double().diff(dim=1)
+            way = (way + SIZE / 2) % SIZE - SIZE / 2  # round the torus
+            far.append(way.sum(1).norm(dim=-1))
+        return torch.stack(far).amin(0).numpy()
+
+    def in_theme(self, row: int) -> "Truth":
+        """The same walks, all in the theme of one of them."""
+        return replace(self, themes=self.themes[row].expand_as(self.themes))
 
     def of_another_map(self, row: int) -> "Truth":
         """The walk ``row`` as it would have been in the next row's map: one row, same theme."""

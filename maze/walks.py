@@ -68,18 +68,18 @@ EXPLORE = 0  # the first behaviour chooses its own keys
 RANDOM = 1  # the second holds a random combination
 BEHAVIOURS = (
     Behaviour(0.34, (), first=(6, 24), drill=0.1),
-    Behaviour(0.14, (), first=(1, 4)),
+    Behaviour(0.14, (), first=(1, 4), drill=0.05),
     Behaviour(0.07, ("W", "j", "W", "j"), (2, 10), ABOUT, mirror=True, ahead=True),  # there, back
     Behaviour(0.06, ("W", "j"), (2, 10), ABOUT, ahead=True),
     Behaviour(0.12, ("W", "", "S", ""), (2, 10), (0, 2), mirror=True, ahead=True),  # back up
     Behaviour(0.15, ("j", "", "l", ""), (2, 10), (0, 3), mirror=True),  # look away and back
     Behaviour(0.04, ("j",), first=(2 * HALF_TURN, 2 * HALF_TURN)),  # look all round
-    Behaviour(0.14, ("a", "", "d", ""), (1, 4), (0, 2), mirror=True),
+    Behaviour(0.14, ("a", "", "d", ""), (1, 4), (0, 2), mirror=True, drill=0.1),
     Behaviour(0.02, ("",), first=(1, 5)),
     Behaviour(0.04, ("Wj", "W"), (1, 4), (1, 3)),
     Behaviour(0.0, ("W",), (2, 8), ahead=True, drill=0.2),
-    Behaviour(0.0, ("S",), (2, 8), drill=0.25),
-    Behaviour(0.0, ("j",), (2, 8), drill=0.25),
+    Behaviour(0.0, ("S",), (2, 8), drill=0.2),
+    Behaviour(0.0, ("j",), (2, 8), drill=0.2),
     Behaviour(0.0, ("",), (1, 6), drill=0.05),
     Behaviour(0.0, ("Wj",), (2, 6), drill=0.1),
     Behaviour(0.0, ("Sj",), (2, 6), drill=0.05),

@@ -51,7 +51,7 @@ def board(material: Material) -> dict[str, dict[str, float]]:
     found = {}
     for name, fault in FAULTS.items():
         scores = score(partial(Simulated, fault), material, 1, lambda: None)
-        found[name] = {key: float(values.mean()) for key, values in scores.items()}
+        found[name] = {key: evaluate.mean(values)[0] for key, values in scores.items()}
     return found
 
 
