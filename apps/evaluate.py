@@ -103,7 +103,7 @@ def columns(given: Material) -> list[Column]:
         Column("drift error", "drift error (VDE)", ""),
         Column("late forks", "forks, last 10 of 60 s", "%", 100, note="deaf 20"),
         Column("fps", "speed, one process", "fps"),
-        Column("bytes", "context", "KiB", 1 / 1024),
+        Column("bytes", "a session", "KiB", 1 / 1024),
     ]  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def _speed(world: World, setting: Setting) -> Row:
         blocks = [session.step() for _ in range(warm_up + TIMED)][warm_up:]
         seconds = [sum(block.timings.values()) for block in blocks]
         pictures = len(blocks[-1].frames)
-        held = session.nbytes
+        held = session.memory_report().session
     return {
         "fps": np.array([pictures / statistics.median(seconds)]),
         "bytes": np.array([float(held)]),

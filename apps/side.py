@@ -8,11 +8,9 @@ import numpy as np
 from worldsim.apps.clock import Clock
 from worldsim.apps.drift import Drift
 from worldsim.apps.setting import Setting
-from worldsim.cache.context import Context
 from worldsim.models.autoencoder import GROUP
 from worldsim.parts import COMPUTED
 from worldsim.script import Script
-from worldsim.session import Session
 from worldsim.streaming.sinks import Frames
 from worldsim.world import World
 
@@ -40,8 +38,7 @@ class Side:
     def step(self) -> None:
         """Make the next block; what comes before the next block is its own work, as in a stream."""
         session = self.session
-        session.control(prompt=self._script.prompt(session.frame))
-        keys = self._script.held(session.frame, self.world.config.block_frames)
+        keys = session.follow(self._script)
         with self._clock.timed("commit"):
             session.settle()
         with self._clock.timed("denoise"):
@@ -78,21 +75,6 @@ class Side:
             "ms": ms or None,
             "fps": 1e3 * pictures / median(map(sum, whole)) if ms else None,
             "timed_blocks": max(0, timed),
-            "bytes": session_bytes(self.session),
+            "bytes": self.session.memory_report().figures(),
             "drift": self.drift.figures(),
         }
-
-
-def session_bytes(session: Session) -> dict[str, int]:
-    """Bytes of one session, which the weights and the encoded prompts of its world are not.
-
-    ``pages``: what it was promised of the world's pool, or holds where nothing is ever evicted;
-    ``view``: the rotated copies that attention reads; ``carry``: what the decoder remembers.
-    """
-    pool, context = session.context.pool, session.context
-    promised = Context.pages_needed(context.config, session.world.config.block_frames)
-    return {
-        "pages": pool.page_nbytes * max(promised, len(context.table)),
-        "view": session.view.nbytes,
-        "carry": sum(tensor.nbytes for tensor in session.carry or ()),
-    }

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
+from worldsim.cache.codec import FORMATS, FULL
+
 POSITIONS = ("absolute", "packed")
+FORMS = ("pool", "participative", "topk", "pose")
+BANKED = ("topk", "pose")  # forms that choose what is read out of more than is read
+ON_PROMPT = ("keep", "flush", "recache")
+POOLED = 2  # latent frames, rows and columns of tokens that a pooled token stands for
+BANK = 8  # pages of a bank for each one that is read, where nothing else is said
+PARTITIONS = ("sink", "mid", "recent")
+EXAMPLE = "'sink=3,mid=8:pool,recent=9,positions=packed'"
 
 
 @dataclass(frozen=True)
@@ -12,72 +21,169 @@ class CacheConfig:
     Attributes:
         recent: newest frames kept, the current block excluded; None keeps everything.
         sink: first frames of the stream, kept for ever and counted apart from ``recent``.
-        positions: ``absolute`` (a frame keeps its own index) or ``packed`` (the sink is re-aligned
-            to sit right before the recent frames, so that no gap ever grows).
+        mid: frames that left the recent ones and are still read, in some ``form``.
+        form: of mid. ``pool``: means over cells of two frames by 2×2 tokens. ``participative``: the
+            most asked-for tokens, as many as ``mid`` frames have. ``topk`` and ``pose``: the
+            ``mid`` best frames out of a ``bank``, by what the newest queries ask or by what a
+            camera at the coming pose would see. See `worldsim.cache.mid`.
+        bank: frames that ``topk`` and ``pose`` choose from, the newest ones.
+        positions: ``absolute`` (a frame keeps its own index) or ``packed`` (sink and mid are
+            re-aligned to sit right before the recent frames, so that no gap ever grows).
+        prompt: what a change of prompt does to the context: ``keep``, ``flush`` (all but the sink
+            and the newest frame) or ``recache`` (recent frames are committed anew under it).
+        formats: how pages of sink, mid and recent are stored, see `worldsim.cache.codec`.
     """
 
     recent: int | None = None
     sink: int = 0
+    mid: int = 0
+    form: str = ""
+    bank: int = 0
     positions: str = "absolute"
+    prompt: str = "keep"
+    formats: tuple[str, str, str] = (FULL, FULL, FULL)
 
     def __post_init__(self) -> None:
-        if self.sink < 0:
-            raise ValueError(f"cache: sink must be 0 or more, got {self.sink}")
+        for name in ("sink", "mid", "bank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"cache: {name} must be 0 or more, got {getattr(self, name)}")
         if self.recent is not None and self.recent < 0:
             raise ValueError(f"cache: recent must be 0 or more, got {self.recent}")
-        if self.positions not in POSITIONS:
+        _one_of("positions", self.positions, POSITIONS)
+        _one_of("prompt", self.prompt, ON_PROMPT)
+        for name, format_ in zip(PARTITIONS, self.formats, strict=True):
+            _one_of(f"the format of {name}", format_, FORMATS)
+        if bool(self.mid) != bool(self.form):
+            raise ValueError(f"cache: mid needs frames and a form, as in mid=8:{FORMS[0]}")
+        if self.form:
+            _one_of("the form of mid", self.form, FORMS)
+            if not self.recent:
+                raise ValueError("cache: mid takes what leaves recent: give recent=1 or more")
+        if self.form == "pool" and self.mid % POOLED:
             raise ValueError(
-                f"cache: positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}"
+                f"cache: mid={self.mid}:pool must be a multiple of {POOLED}, the frames of a cell"
+            )
+        if self.bank and self.form not in BANKED:
+            raise ValueError(f"cache: bank is for mid forms that choose: {', '.join(BANKED)}")
+        if self.form in BANKED and self.bank < self.mid:
+            raise ValueError(f"cache: bank={self.bank} is less than the mid={self.mid} read of it")
+        if self.form == "participative" and self.formats[1] != FULL:
+            raise ValueError("cache: a participative mid is stored in full: leave its format out")
+        if self.form in BANKED and self.formats[2] not in (FULL, self.formats[1]):
+            raise ValueError(
+                f"cache: a page is quantised once, so mid must be {self.formats[2]} as recent is"
             )
 
     @property
     def capacity(self) -> int | None:
-        """Most frames held between two blocks; None where nothing is ever evicted."""
+        """Most whole frames of sink and recent between two blocks; None: nothing is evicted."""
         return None if self.recent is None else self.sink + self.recent
+
+    @property
+    def quantised(self) -> bool:
+        return any(format_ != FULL for format_ in self.formats)
 
     @classmethod
     def parse(cls, line: str, block_frames: int) -> "CacheConfig":
-        """Read ``"sink=3,recent=9,positions=packed"`` or the field's ``"window=12,sink=3"``.
+        """Read ``"sink=3,mid=8:pool,recent=9:int4,positions=packed"`` or the field's
+        ``"window=12,sink=3"``.
 
-        The field's window counts the sink and the current block too, so
-        ``recent = window - sink - block_frames``. ``recent=all`` keeps everything.
+        After a partition's frames come its form and its format, in any order. ``sink=50%`` is a
+        share of the window (a deep sink). The field's window counts the sink and the current block
+        too, so ``recent = window - sink - block_frames``. ``recent=all`` keeps everything.
 
         Raises:
             ValueError: naming the field that cannot be read.
         """
-        fields: dict[str, str] = {}
-        for part in line.replace(" ", "").split(","):
-            name, equals, value = part.partition("=")
-            if not equals or name not in ("sink", "recent", "window", "positions"):
-                raise ValueError(
-                    f"cache: cannot read {part!r}; write for example 'sink=2,recent=10' "
-                    "(fields: sink, recent or window, positions)"
-                )
-            if name in fields:
-                raise ValueError(f"cache: {name} is given twice")
-            fields[name] = value
+        fields = _fields(line)
         if "window" in fields and "recent" in fields:
             raise ValueError("cache: give recent or window, not both (window = sink+recent+block)")
-        sink = _count("sink", fields.get("sink", "0"))
+        words = {name: fields.get(name, "0").split(":") for name in PARTITIONS}
+        form, formats = "", {}
+        for name, (_, *said) in words.items():
+            for word in said:
+                if word in FORMATS:
+                    formats[name] = word
+                elif name == "mid" and word in FORMS:
+                    form = word
+                else:
+                    known = (*FORMS, *FORMATS) if name == "mid" else FORMATS
+                    raise ValueError(
+                        f"cache: {name} knows no {word!r}; choose from {', '.join(known)}"
+                    )
+        window = _count("window", fields["window"]) if "window" in fields else None
+        sink = _sink(words["sink"][0], window)
         recent: int | None = None
-        if "window" in fields:
-            recent = _count("window", fields["window"]) - sink - block_frames
+        if window is not None:
+            recent = window - sink - block_frames
             if recent < 0:
                 raise ValueError(
-                    f"cache: window={fields['window']} is too small for sink={sink} and a block of "
+                    f"cache: window={window} is too small for sink={sink} and a block of "
                     f"{block_frames}; it needs at least {sink + block_frames}"
                 )
-        elif fields.get("recent", "all") != "all":
-            recent = _count("recent", fields["recent"])
-        return cls(recent=recent, sink=sink, positions=fields.get("positions", "absolute"))
+        elif "recent" in fields and words["recent"][0] != "all":
+            recent = _count("recent", words["recent"][0])
+        mid = _count("mid", words["mid"][0])
+        bank = _count("bank", fields["bank"]) if "bank" in fields else 0
+        return cls(
+            recent=recent,
+            sink=sink,
+            mid=mid,
+            form=form,
+            bank=bank or (BANK * mid if form in BANKED else 0),
+            positions=fields.get("positions", "absolute"),
+            prompt=fields.get("prompt", "keep"),
+            formats=(
+                formats.get("sink", FULL), formats.get("mid", FULL), formats.get("recent", FULL),
+            ),
+        )  # fmt: skip
 
     def line(self) -> str:
         """The one-line form that `parse` reads back."""
-        recent = "all" if self.recent is None else self.recent
-        return f"sink={self.sink},recent={recent},positions={self.positions}"
+        sink, mid, recent = ("" if f == FULL else f":{f}" for f in self.formats)
+        parts = [f"sink={self.sink}{sink}"]
+        if self.mid:
+            parts.append(f"mid={self.mid}:{self.form}{mid}")
+        if self.bank:
+            parts.append(f"bank={self.bank}")
+        parts.append(f"recent={'all' if self.recent is None else self.recent}{recent}")
+        parts.append(f"positions={self.positions}")
+        if self.prompt != "keep":
+            parts.append(f"prompt={self.prompt}")
+        return ",".join(parts)
+
+
+def _fields(line: str) -> dict[str, str]:
+    known = ("sink", "mid", "bank", "recent", "window", "positions", "prompt")
+    fields: dict[str, str] = {}
+    for part in line.replace(" ", "").split(","):
+        name, equals, value = part.partition("=")
+        if not equals or name not in known:
+            raise ValueError(
+                f"cache: cannot read {part!r}; write for example {EXAMPLE} "
+                f"(fields: {', '.join(known)})"
+            )
+        if name in fields:
+            raise ValueError(f"cache: {name} is given twice")
+        fields[name] = value
+    return fields
+
+
+def _sink(value: str, window: int | None) -> int:
+    if not value.endswith("%"):
+        return _count("sink", value)
+    share = _count("sink", value[:-1])
+    if window is None or share > 100:
+        raise ValueError(f"cache: sink={value} is a share of a window: write window=21,sink=50%")
+    return window * share // 100
 
 
 def _count(name: str, value: str) -> int:
     if not value.isdecimal():
         raise ValueError(f"cache: {name} must be a whole number of latent frames, got {value!r}")
     return int(value)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"cache: {name} must be one of {', '.join(known)}, got {value!r}")

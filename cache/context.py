@@ -1,17 +1,33 @@
-"""One session's context: a page table with stage, commit, abort and plan.
+"""One session's context: a page table with stage, commit, abort, plan and events.
 
 A cell never changes committed state: it *stages* K/V under (block, level); `commit` publishes that
 key, immutably; `abort` takes back everything staged or published from a block on.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import zip_longest
 
 from torch import Tensor
 
+from worldsim.cache.camera import Camera, Pose
 from worldsim.cache.config import CacheConfig
-from worldsim.cache.policy import Entry, ReadPlan, Table, admit, plan
-from worldsim.cache.pool import PagePool
+from worldsim.cache.mid import ASKING, Form, make_form
+from worldsim.cache.policy import Entries, Entry, ReadPlan, Table, admit, flushed, plan
+from worldsim.cache.pool import PageKind, PagePool
+
+FLUSH_KEEPS = 1  # latent frames beside the sink
+
+
+class Event(Enum):
+    """What can happen to a context between two blocks."""
+
+    FLUSH = "flush"  # only the sink and the newest frame stay
+    CUT = "cut"  # the next block begins a new scene: for it, everything is far away
+    REOPEN = "reopen"  # recent frames go, to be committed anew (recache)
+    RESET = "reset"  # everything goes
 
 
 @dataclass(frozen=True)
@@ -24,61 +40,112 @@ class _Published:
 
 
 class Context:
-    """The page table of one session over a shared `PagePool`."""
+    """The page table of one session over a shared `PagePool`.
 
-    def __init__(self, pool: PagePool, config: CacheConfig) -> None:
+    Raises:
+        ValueError: for a mid form that needs a ``camera`` where there is none.
+    """
+
+    def __init__(self, pool: PagePool, config: CacheConfig, camera: Camera | None = None) -> None:
         self.pool = pool
         self.config = config
-        self.table: Table = ()
+        self.camera = camera
+        self.form: Form = make_form(pool, config, camera)
+        self.table = Table()
         self.newest: int | None = None  # newest committed block
-        self._staged: dict[tuple[int, int], Table] = {}
+        self._staged: dict[tuple[int, int], tuple[Entries, Tensor | None]] = {}
         self._last: _Published | None = None
 
-    @staticmethod
-    def pages_needed(config: CacheConfig, block_frames: int) -> int:
-        """Pages that a session ever holds: capacity, one staged block, one block to take back."""
-        return (config.capacity or 0) + 2 * block_frames
+    def needs(self, block_frames: int) -> Counter[PageKind]:
+        """Pages that a session ever holds: its capacity, one block staged, one to take back."""
+        sink, _, recent = self.config.formats
+        tokens = self.pool.shape.tokens
+        needs = Counter(self.form.needs(block_frames))
+        needs[PageKind(tokens, sink)] += self.config.sink
+        needs[PageKind(tokens, recent)] += (self.config.recent or 0) + 2 * block_frames
+        return needs
 
-    def plan(self, start: int, frames: int) -> ReadPlan:
-        """What a block of ``frames`` frames from absolute index ``start`` on reads."""
-        return plan(self.table, start, frames, self.config)
+    def plan(self, start: int, frames: int, pose: Pose | None = None) -> ReadPlan:
+        """What a block of ``frames`` frames from absolute index ``start`` on reads.
+
+        ``pose``: where the player will be in it, for retrieval by pose.
+        """
+        return plan(self.table, self.form.choose(self.table.mid, pose), start, frames, self.config)
 
     def stage(
-        self, block: int, level: int, frames: Sequence[int], keys: Tensor, values: Tensor
+        self,
+        block: int,
+        level: int,
+        frames: Sequence[int],
+        keys: Tensor,
+        values: Tensor,
+        queries: Tensor | None = None,
+        poses: Sequence[Pose] = (),
     ) -> None:
         """Write a block's K/V into fresh pages under (block, level); nothing committed changes.
 
         Args:
             frames: absolute latent frame indices of the block.
             keys, values: ``[layers, heads, len(frames) * tokens, head_dim]``, keys un-rotated.
+            queries: of the same tokens; their mean says what a mid form is asked for.
+            poses: at the end of each frame, in worlds that have poses.
         """
         self._drop_staged(block, level)
         entries = []
         per_frame = self.pool.shape.tokens
-        for i, frame in enumerate(frames):
-            page = self.pool.acquire()
+        pinned = {entry.frame for entry in self.table.sink}
+        room = self.config.sink - len(pinned)
+        for i, (frame, pose) in enumerate(zip_longest(frames, poses)):
+            format_ = self.config.formats[0 if i < room else 2]
+            page = self.pool.acquire(PageKind(per_frame, format_))
             rows = slice(i * per_frame, (i + 1) * per_frame)
-            self.pool.keys(page).copy_(keys[:, :, rows])
-            self.pool.values(page).copy_(values[:, :, rows])
-            entries.append(Entry(frame, page))
-        self._staged[block, level] = tuple(entries)
+            self.pool.write(page, keys[:, :, rows], values[:, :, rows])
+            entries.append(Entry(frame, page, pose=pose))
+        asked = None if queries is None or not self.config.mid else queries
+        if asked is not None:
+            asked = asked.float().unflatten(2, (len(entries), -1)).mean(3)  # [L, H, frames, D]
+        self._staged[block, level] = tuple(entries), asked
 
-    def commit(self, block: int, level: int) -> None:
+    def commit(self, block: int, level: int, only: Container[int] | None = None) -> None:
         """Publish what was staged under (block, level) and drop the block's other levels.
+
+        ``only``: of its frames, these.
 
         Raises:
             KeyError: if nothing was staged under that key.
         """
-        new = self._staged.pop((block, level))
+        new, asked = self._staged.pop((block, level))
         for other in [key for key in self._staged if key[0] == block]:
             self._drop_staged(*other)
+        before, kept = self.table, new
         if self._last is not None:
-            self._release(set(self._last.before) - set(self.table))
-        before = self.table
-        self.table, evicted = admit(before, new, self.config)
-        self._release(set(evicted) - set(before))  # frames that the policy did not take at all
+            self._release(set(self._last.before) - set(before))
+        if only is not None:
+            kept = tuple(entry for entry in new if entry.frame in only)
+        after, left = admit(before, kept, self.config)
+        if asked is not None:
+            queries = (*before.queries, *asked.unbind(2))
+            after = replace(after, queries=queries[max(0, len(queries) - ASKING) :])
+        after = replace(after, mid=self.form.take(after.mid, left, after.queries))
+        self._release(set(new) - set(after))  # frames that the policy did not take at all
+        self.table = after
         self._last = _Published(block, before, self.newest)
         self.newest = block
+
+    def on_event(self, event: Event) -> None:
+        """Change what is kept, between two blocks; no commit before it can be aborted."""
+        before = self.table
+        if event is Event.FLUSH:
+            after = flushed(before, FLUSH_KEEPS)
+        elif event is Event.CUT:
+            after = replace(before, cut=True)
+        elif event is Event.REOPEN:
+            after = replace(before, recent=())
+        else:
+            after = Table()
+        gone = set(before) | (set(self._last.before) if self._last else set())
+        self.table, self._last = after, None
+        self._release(gone - set(after))
 
     def abort(self, block: int) -> None:
         """Drop everything staged or published for blocks from ``block`` on.
@@ -102,7 +169,7 @@ class Context:
 
     def fork(self) -> "Context":
         """A second table over the same pages; each side's later commits are its own."""
-        twin = Context(self.pool, self.config)
+        twin = Context(self.pool, self.config, self.camera)
         twin.table, twin.newest = self.table, self.newest
         for entry in self.table:
             self.pool.retain(entry.page)
@@ -112,13 +179,13 @@ class Context:
         """Give every page back to the pool."""
         for key in list(self._staged):
             self._drop_staged(*key)
-        held = set(self.table) | set(self._last.before if self._last else ())
-        self._release(held)
-        self.table, self.newest, self._last = (), None, None
+        self.on_event(Event.RESET)
+        self.newest = None
 
     def _drop_staged(self, block: int, level: int) -> None:
-        self._release(set(self._staged.pop((block, level), ())))
+        entries, _ = self._staged.pop((block, level), ((), None))
+        self._release(set(entries))
 
     def _release(self, entries: set[Entry]) -> None:
-        for entry in sorted(entries, key=lambda entry: entry.frame):
+        for entry in sorted(entries, key=lambda entry: (entry.frame, entry.page)):
             self.pool.release(entry.page)

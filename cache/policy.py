@@ -1,75 +1,153 @@
 """Which frames a context keeps and at which temporal position they are read.
 
-Pure functions over host metadata; no tensor, no model. A table is a tuple of entries in *slot*
-order: softmax does not care in which order its keys come, so an evicted frame's slot is simply
-taken by the new one and nothing is ever moved.
+Pure functions over host metadata; no tensor is touched, no model is known. Entries of a partition
+are in *slot* order: softmax does not care in which order its keys come, so an evicted frame's slot
+is simply taken by the new one and nothing is ever moved.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
+from worldsim.cache.camera import Pose
 from worldsim.cache.config import CacheConfig
+
+CUT = 27  # latent frames: ∞-RoPE puts the block after a cut, 18…20 of its window, at 45…47
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One committed latent frame: its absolute index and the page that holds its K/V."""
+    """One page of the context and what it stands for.
+
+    Attributes:
+        frame: absolute index of its (first) latent frame.
+        page: the page that holds its K/V.
+        span: latent frames that it stands for.
+        tokens: of the page, only so many are valid; None: all.
+        pose: where the player was at the end of the frame, in worlds that have poses.
+        summary: mean key of each layer and head ``[layers, heads, head_dim]``, for a ``topk`` bank.
+    """
 
     frame: int
     page: int
+    span: int = 1
+    tokens: int | None = None
+    pose: Pose | None = field(default=None, compare=False)
+    summary: Tensor | None = field(default=None, compare=False)
 
 
-Table = tuple[Entry, ...]
+Entries = tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Mid:
+    """The mid partition: what is kept, what waits to be pooled, and what the next block reads."""
+
+    bank: Entries = ()
+    waiting: Entries = ()
+    chosen: Entries = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """One session's page table.
+
+    Attributes:
+        sink, recent: entries in slot order.
+        mid: see `Mid`.
+        queries: for each of the newest frames, the mean query of each layer and head.
+        cut: the next block begins a new scene.
+    """
+
+    sink: Entries = ()
+    recent: Entries = ()
+    mid: Mid = Mid()
+    queries: tuple[Tensor, ...] = field(default=(), compare=False)
+    cut: bool = False
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Every entry that is held, read or not."""
+        yield from self.sink
+        yield from self.recent
+        yield from self.mid.bank
+        yield from self.mid.waiting
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True)
+class Read:
+    """One page that a block reads.
+
+    Attributes:
+        position: temporal position of its first frame. Where ``own`` holds, every token is at the
+            frame that it came from instead, and this is added to it.
+    """
+
+    entry: Entry
+    position: float
+    own: bool = False
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What the cells of one block read: pages in slot order, with temporal positions.
+    """What the cells of one block read: sink, recent and mid pages in slot order, and the temporal
+    positions of the block's own frames, for queries and keys alike."""
 
-    Attributes:
-        pages: page of each slot.
-        key_positions: temporal position of each slot's frame.
-        query_positions: temporal positions of the block's own frames, for queries and keys alike.
-    """
-
-    pages: tuple[int, ...]
-    key_positions: tuple[int, ...]
+    reads: tuple[Read, ...]
     query_positions: tuple[int, ...]
 
 
-def admit(table: Table, new: Table, config: CacheConfig) -> tuple[Table, Table]:
-    """Add a finished block's frames; returns the new table and the entries that left it.
+def admit(table: Table, new: Entries, config: CacheConfig) -> tuple[Table, Entries]:
+    """Add a finished block's frames; returns the new table and the entries that left ``recent``.
 
     The first ``config.sink`` frames ever admitted stay; after them the oldest leaves first. Frames
     of a block may leave singly where the window is no multiple of the block.
     """
-    slots = list(table)
-    evicted: list[Entry] = []
+    sink, recent = list(table.sink), list(table.recent)
+    left: list[Entry] = []
     for entry in new:
-        if config.capacity is None or len(slots) < config.capacity:
-            slots.append(entry)
+        if len(sink) < config.sink:
+            sink.append(entry)
+        elif config.recent is None or len(recent) < config.recent:
+            recent.append(entry)
         elif config.recent == 0:
-            evicted.append(entry)
+            left.append(entry)
         else:
-            oldest = min(range(config.sink, len(slots)), key=lambda slot: slots[slot].frame)
-            evicted.append(slots[oldest])
-            slots[oldest] = entry
-    return tuple(slots), tuple(evicted)
+            oldest = min(range(len(recent)), key=lambda slot: recent[slot].frame)
+            left.append(recent[oldest])
+            recent[oldest] = entry
+    return replace(table, sink=tuple(sink), recent=tuple(recent), cut=False), tuple(left)
 
 
-def plan(table: Table, start: int, frames: int, config: CacheConfig) -> ReadPlan:
-    """Positions for a block of ``frames`` latent frames whose first has absolute index ``start``.
+def flushed(table: Table, keep: int) -> Table:
+    """Only the sink and the ``keep`` newest frames (KV flush, ∞-RoPE)."""
+    newest = sorted(table.recent, key=lambda entry: entry.frame)
+    return replace(table, recent=tuple(newest[len(newest) - min(keep, len(newest)) :]), mid=Mid())
+
+
+def plan(table: Table, chosen: Entries, start: int, frames: int, config: CacheConfig) -> ReadPlan:
+    """What a block of ``frames`` latent frames reads whose first has absolute index ``start``.
 
     Recent frames keep their absolute index (only differences matter, so it never has to change);
-    ``packed`` moves the sink to end right before the oldest recent frame.
+    ``packed`` moves mid and sink to end right before the oldest recent frame. After a cut all of
+    them are `CUT` frames further away, for one block.
     """
-    position = {entry.frame: entry.frame for entry in table}
-    if config.positions == "packed":
-        cursor = start
-        for frame in sorted(position, reverse=True):
-            cursor -= 1
-            position[frame] = cursor
-    return ReadPlan(
-        pages=tuple(entry.page for entry in table),
-        key_positions=tuple(position[entry.frame] for entry in table),
-        query_positions=tuple(range(start, start + frames)),
-    )
+    gap = CUT if table.cut else 0
+    cursor = start - gap
+    packed: dict[Entry, float] = {}
+    for part in (table.recent, chosen, table.sink):
+        for entry in sorted(part, key=lambda entry: entry.frame, reverse=True):
+            cursor -= entry.span
+            packed[entry] = cursor
+    reads = []
+    for entry in (*table.sink, *table.recent, *chosen):
+        if config.positions == "packed":
+            reads.append(Read(entry, packed[entry]))
+        elif entry.tokens is None:
+            reads.append(Read(entry, entry.frame - gap))
+        else:  # tokens of many frames
+            reads.append(Read(entry, -gap, own=True))
+    return ReadPlan(tuple(reads), tuple(range(start, start + frames)))

@@ -1,40 +1,80 @@
 """The page pool: where the K/V of committed and staged latent frames lives.
 
-A page is one latent frame of one level: keys *before* RoPE and values, of every layer. Pages are
-allocated in slabs when a session opens and recycled for ever after, so a running stream allocates
-nothing. Reference counts let several page tables share a page (copy-on-write).
+A page holds keys *before* RoPE and values, of every layer, for some tokens: those of one latent
+frame, or what a mid form made of several. Pages are allocated in slabs when a session opens and
+recycled for ever after, so a running stream allocates nothing. Reference counts let several page
+tables share a page (copy-on-write).
 """
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from worldsim.cache.codec import CODECS, FULL, group_size
+
 
 @dataclass(frozen=True)
 class PageShape:
-    """Geometry of one page; bytes per element follow from the pool's dtype."""
+    """Geometry of the model: ``grid`` is the tokens of a latent frame, (height, width)."""
 
     layers: int
     heads: int
-    tokens: int
+    grid: tuple[int, int]
     head_dim: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a latent frame."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class PageKind:
+    """What a page can hold.
+
+    Attributes:
+        tokens: at most so many.
+        format: ``full`` or the name of a codec.
+        placed: each token of each layer says itself which one of the stream it is.
+    """
+
+    tokens: int
+    format: str = FULL
+    placed: bool = False
+
+
+Needs = Mapping[PageKind, int]  # pages of each kind
+
+
+class _Page(NamedTuple):
+    """Tensors of one page, views of its slab. ``[2, layers, heads, …]`` holds keys, then values."""
+
+    kind: PageKind
+    codes: Tensor  # [2, layers, heads, tokens, head_dim], or packed
+    scales: Tensor | None  # [2, layers, heads, groups, head_dim]
+    places: Tensor | None  # [layers, tokens]
 
 
 class PagePool:
-    """Reference-counted pages of ``[2, layers, heads, tokens, head_dim]`` (keys, values)."""
+    """Reference-counted pages of several kinds; a page's number is unique among all."""
 
     def __init__(self, shape: PageShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self.dtype = dtype
         self.device = device
+        self.frame = PageKind(shape.tokens)  # one latent frame as it is
         self._slabs: list[Tensor] = []
-        self._pages: list[Tensor] = []
+        self._pages: list[_Page] = []
         self._count: list[int] = []
         self._writes: list[int] = []
-        self._free: list[int] = []
-        self._promised = 0
+        self._free: dict[PageKind, list[int]] = defaultdict(list)
+        self._made: dict[PageKind, int] = defaultdict(int)
+        self._promised: dict[PageKind, int] = defaultdict(int)
         self._lock = Lock()  # streams of one world may run on threads of their own
 
     @property
@@ -43,61 +83,45 @@ class PagePool:
         return sum(slab.nbytes for slab in self._slabs)
 
     @property
-    def page_nbytes(self) -> int:
-        """Bytes of one page."""
-        shape = self.shape
-        numbers = 2 * shape.layers * shape.heads * shape.tokens * shape.head_dim
-        return numbers * self.dtype.itemsize
-
-    @property
     def free_pages(self) -> int:
-        return len(self._free)
+        return sum(map(len, self._free.values()))
 
     @property
     def used_pages(self) -> int:
-        return len(self._pages) - len(self._free)
+        return len(self._pages) - self.free_pages
+
+    def page_nbytes(self, kind: PageKind) -> int:
+        """Bytes of one page."""
+        return sum(
+            torch.Size(size).numel() * dtype.itemsize for size, dtype in self._tensors(kind, 1)
+        )
 
     def addresses(self) -> tuple[tuple[int, int], ...]:
         """(address, bytes) of every slab: constant while a stream runs."""
         return tuple((slab.data_ptr(), slab.nbytes) for slab in self._slabs)
 
-    def reserve(self, pages: int) -> None:
-        """Promise ``pages`` to a session, allocating one slab for what is missing.
+    def reserve(self, needs: Needs) -> None:
+        """Promise pages to a session, allocating one slab for what is missing of each kind.
 
         A session keeps to its promise, so that nothing is allocated while it runs.
         """
         with self._lock:
-            self._promised += pages
-            self._grow(self._promised - len(self._pages))
+            for kind, pages in needs.items():
+                self._promised[kind] += pages
+                self._grow(kind, self._promised[kind] - self._made[kind])
 
-    def give_back(self, pages: int) -> None:
+    def give_back(self, needs: Needs) -> None:
         """End a promise of `reserve`; the memory stays for the next session."""
         with self._lock:
-            self._promised -= pages
+            for kind, pages in needs.items():
+                self._promised[kind] -= pages
 
-    def _grow(self, missing: int) -> None:
-        if missing <= 0:
-            return
-        s = self.shape
-        # Zeros, not empty: the memory is touched now, so a stream's resident size is flat at once.
-        slab = torch.zeros(
-            (missing, 2, s.layers, s.heads, s.tokens, s.head_dim),
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self._slabs.append(slab)
-        for page in slab.unbind(0):
-            self._free.append(len(self._pages))
-            self._pages.append(page)
-            self._count.append(0)
-            self._writes.append(0)
-
-    def acquire(self) -> int:
+    def acquire(self, kind: PageKind) -> int:
         """Take a free page (one reference). Grows the pool only where nobody reserved enough."""
         with self._lock:
-            if not self._free:
-                self._grow(1)
-            page = self._free.pop()
+            if not self._free[kind]:
+                self._grow(kind, 1)
+            page = self._free[kind].pop()
             self._count[page] = 1
             self._writes[page] += 1
             return page
@@ -118,12 +142,97 @@ class PagePool:
             assert self._count[page] > 0, f"page {page} is not in use"
             self._count[page] -= 1
             if self._count[page] == 0:
-                self._free.append(page)
+                self._free[self._pages[page].kind].append(page)
+
+    # --- what is in them --------------------------------------------------------------------------
+    def kind(self, page: int) -> PageKind:
+        return self._pages[page].kind
+
+    def write(self, page: int, keys: Tensor, values: Tensor, places: Tensor | None = None) -> None:
+        """Fill a page, once after each `acquire`; a codec rounds here and nowhere else.
+
+        Args:
+            keys, values: ``[layers, heads, n, head_dim]``, un-rotated, n ≤ the kind's tokens (a
+                quantised page must be filled whole).
+            places: for a placed page, ``frame · tokens of a frame + token``, int64 ``[layers, n]``.
+        """
+        held, n = self._pages[page], keys.shape[-2]
+        both = torch.stack((keys, values))
+        if held.scales is None:
+            held.codes[..., :n, :] = both
+        else:
+            codes, scales = CODECS[held.kind.format].encode(both)
+            held.codes.copy_(codes)
+            held.scales.copy_(scales)
+        if held.places is not None and places is not None:
+            held.places[:, :n] = places
+
+    def read(
+        self, pages: Sequence[int], layers: slice = slice(None), tokens: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of pages of one kind, side by side, ``[layers, heads, n · tokens, D]``.
+
+        ``tokens``: of each page, only so many.
+        """
+        held = [self._pages[page] for page in pages]
+        codes = _joined([page.codes[:, layers] for page in held])
+        if held[0].scales is not None:
+            scales = _joined([page.scales[:, layers] for page in held if page.scales is not None])
+            codes = CODECS[held[0].kind.format].decode(codes, scales, self.dtype)
+        keys, values = codes[..., :tokens, :].flatten(-3, -2)
+        return keys, values
 
     def keys(self, page: int) -> Tensor:
-        """Un-rotated keys of a page, ``[layers, heads, tokens, head_dim]`` (a view)."""
-        return self._pages[page][0]
+        """Un-rotated keys of a page, ``[layers, heads, tokens, head_dim]``."""
+        return self.read((page,))[0]
 
     def values(self, page: int) -> Tensor:
-        """Values of a page, ``[layers, heads, tokens, head_dim]`` (a view)."""
-        return self._pages[page][1]
+        """Values of a page, ``[layers, heads, tokens, head_dim]``."""
+        return self.read((page,))[1]
+
+    def places(self, page: int) -> Tensor:
+        """Of a placed page, see `write`: ``[layers, tokens]``."""
+        places = self._pages[page].places
+        assert places is not None, f"page {page} has no places of its own"
+        return places
+
+    # --- memory -----------------------------------------------------------------------------------
+    def _tensors(self, kind: PageKind, pages: int) -> Iterable[tuple[tuple[int, ...], torch.dtype]]:
+        s = self.shape
+        lead = (pages, 2, s.layers, s.heads)
+        if kind.format == FULL:
+            yield (*lead, kind.tokens, s.head_dim), self.dtype
+        else:
+            codec = CODECS[kind.format]
+            yield (*lead, kind.tokens, codec.width(s.head_dim)), torch.uint8
+            yield (*lead, kind.tokens // group_size(kind.tokens), s.head_dim), torch.float16
+        if kind.placed:
+            yield (pages, s.layers, kind.tokens), torch.int64
+
+    def _grow(self, kind: PageKind, missing: int) -> None:
+        if missing <= 0:
+            return
+        # Zeros, not empty: the memory is touched now, so a stream's resident size is flat at once.
+        slabs = [
+            torch.zeros(size, dtype=dtype, device=self.device)
+            for size, dtype in self._tensors(kind, missing)
+        ]
+        self._slabs += slabs
+        self._made[kind] += missing
+        places = slabs.pop() if kind.placed else None
+        codes, *scales = slabs
+        for index in range(missing):
+            self._free[kind].append(len(self._pages))
+            self._pages.append(_Page(
+                kind,
+                codes[index],
+                scales[0][index] if scales else None,
+                None if places is None else places[index],
+            ))  # fmt: skip
+            self._count.append(0)
+            self._writes.append(0)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """``n × [2, L, H, T, D] → [2, L, H, n, T, D]``."""
+    return torch.stack(parts, dim=3) if len(parts) > 1 else parts[0].unsqueeze(3)

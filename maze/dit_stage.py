@@ -183,12 +183,13 @@ def encode_walks(
             z = autoencoder.normalised(autoencoder.encode_clip(from_pictures(pictures)))
             latents.append(z.transpose(1, 2).half())
     held = walks.keys.cpu().numpy()
-    actions, _ = ACTIONS.actions(held)
+    poses = ACTIONS.reckon(held)
+    actions = ACTIONS.actions(held, poses)
     # Cloned out of inference mode, since training differentiates through what it makes of them.
     return LatentWalks(
         torch.cat(latents).clone(),
         torch.from_numpy(actions),
-        torch.from_numpy(ACTIONS.rays(held, recipe.columns)),
+        torch.from_numpy(ACTIONS.rays(poses, recipe.columns)),
         walks.themes.cpu(),
         walks.poses[:, ::PICTURES_PER_LATENT].cpu(),
     )

@@ -122,7 +122,7 @@ OWN = Lesson(
 )
 DRILL = Lesson(
     "drill",
-    Fit(steps=2400, batch=8, frames=12, muon=0.005, adam=1e-3),
+    Fit(steps=1800, batch=8, frames=12, muon=0.005, adam=1e-3),
     Footage(24, 128, 3, 200),
     drilled=True,
     returning=0.4,

@@ -106,6 +106,16 @@ class CausalAutoencoder(ModelMixin, ConfigMixin):
             raise ValueError(f"picture size {height}×{width} must be a multiple of {SPACE}")
         return height // SPACE, width // SPACE
 
+    def carry_nbytes(self, height: int, width: int) -> int:
+        """Bytes that decoding a stream of ``height × width`` latent pixels carries along."""
+        numbers = sum(
+            depth * channels * (side * height) * (side * width)
+            for depth, channels, side in zip(
+                self.config.depths, self.config.widths, (1, 2, 4), strict=True
+            )
+        )
+        return numbers * self.mean.dtype.itemsize
+
     def encode(self, pictures: Tensor, carry: Carry = None) -> tuple[Tensor, Carry]:
         """Encode the next pictures of a stream, one latent frame at a time.
 

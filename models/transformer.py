@@ -183,11 +183,11 @@ class Layer(nn.Module):
         """Per-frame (shift, scale, gate) of attention and of the feed-forward network."""
         return (self.scale_shift_table + m).unbind(2)
 
-    def keys_values(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        """Only what this layer leaves in the context."""
+    def projected(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values alone: what this layer leaves in the context."""
         shift, scale, *_ = self.modulation(m)
         y = modulated_norm(x, shift, scale, self.eps)
-        return self.attn1.keys(y), self.attn1.values(y)
+        return self.attn1.queries(y), self.attn1.keys(y), self.attn1.values(y)
 
     def forward(
         self, x: Tensor, m: Tensor, index: int, conditioning: Conditioning, context: Attends,
@@ -196,10 +196,10 @@ class Layer(nn.Module):
         """``x [R, N, D]``, ``m [R, F, 6, D]`` → ``[R, N, D]``."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(m)
         y = modulated_norm(x, shift1, scale1, self.eps)
-        k, v = self.attn1.keys(y), self.attn1.values(y)
+        q, k, v = self.attn1.queries(y), self.attn1.keys(y), self.attn1.values(y)
         if stage:
-            context.stage(index, k, v)
-        y = self.attn1.out(context.attend(index, self.attn1.queries(y), k, v))
+            context.stage(index, q, k, v)
+        y = self.attn1.out(context.attend(index, q, k, v))
         x = x + gated(y, gate1)
         x = x + self.read_text(self.norm2(x), index, conditioning, frames=m.shape[1])
         y = self.ffn(modulated_norm(x, shift2, scale2, self.eps))
@@ -345,10 +345,10 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         conditioning: Conditioning,
         contexts: Attends | Sequence[Attends],
     ) -> None:
-        """The context pass: stage the K/V of finished blocks, layer by layer.
+        """The context pass: stage what finished blocks leave behind, layer by layer.
 
-        It ends with the last layer's K/V, since nobody reads what would come after. Arguments as
-        in `forward`.
+        It ends with the last layer's projections, since nobody reads what would come after.
+        Arguments as in `forward`.
         """
         x, _, m, context = self._embed(latents, timestep, conditioning, contexts)
         last = len(self.layers) - 1
@@ -356,7 +356,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             if index < last:
                 x = layer(x, m, index, conditioning, context, stage=True)
             else:
-                context.stage(index, *layer.keys_values(x, m))
+                context.stage(index, *layer.projected(x, m))
 
     def _embed(
         self,

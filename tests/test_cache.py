@@ -12,11 +12,11 @@ from worldsim.cache.context import Context
 from worldsim.cache.policy import Entry, Table, admit, plan
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.models.attention import softmax_attention
-from worldsim.models.context import ContextView
 from worldsim.models.rope import rotate, rotation, token_positions
+from worldsim.models.view import ContextView
 
-SHAPE = PageShape(layers=2, heads=2, tokens=6, head_dim=16)
 GRID = (2, 3)
+SHAPE = PageShape(layers=2, heads=2, grid=GRID, head_dim=16)
 CLEAN = -1
 
 
@@ -43,7 +43,7 @@ def test_parse_and_round_trip(line: str, block_frames: int, config: CacheConfig)
     [
         ("", "cannot read ''"),
         ("recent", "cannot read 'recent'"),
-        ("recents=3", "cannot read 'recents=3'.*fields: sink, recent or window, positions"),
+        ("recents=3", "cannot read 'recents=3'.*fields: sink, mid, bank, recent, window, pos"),
         ("sink=1,sink=2", "sink is given twice"),
         ("window=9,recent=3", "give recent or window, not both"),
         ("recent=-1", "recent must be a whole number of latent frames, got '-1'"),
@@ -83,38 +83,41 @@ def test_policy_against_its_definition() -> None:
             sink=draw.choice([0, 1, 3]),
             positions=draw.choice(["absolute", "packed"]),
         )
-        table: Table = ()
+        table = Table()
         start, pages = 0, iter(draw.sample(range(1000), 200))
         for _ in range(draw.randint(1, 12)):
             block = draw.choice([1, 2, 3])
             new = tuple(Entry(start + i, next(pages)) for i in range(block))
             before = table
-            table, evicted = admit(before, new, config)
+            table, left = admit(before, new, config)
             start += block
             frames = [entry.frame for entry in table]
             assert sorted(frames) == kept_frames(start, config)
             # Nothing is lost and nothing is kept twice.
-            assert set(table) | set(evicted) == set(before) | set(new)
-            assert len(table) + len(evicted) == len(before) + len(new)
-            left_at_all += len(evicted)
+            assert set(table) | set(left) == set(before) | set(new)
+            assert len(table) + len(left) == len(before) + len(new)
+            left_at_all += len(left)
             # A ring: what stays, stays in its slot, so it is never written again.
-            for slot, entry in enumerate(before):
-                assert table[slot] == entry or entry in evicted
-            reads = plan(table, start, block, config)
-            assert reads.pages == tuple(entry.page for entry in table)
+            for part in ("sink", "recent"):
+                for slot, entry in enumerate(getattr(before, part)):
+                    assert getattr(table, part)[slot] == entry or entry in left
+            reads = plan(table, (), start, block, config)
+            assert [read.entry for read in reads.reads] == list(table)
             assert reads.query_positions == tuple(range(start, start + block))
+            positions = [read.position for read in reads.reads]
             if config.positions == "absolute":
-                assert list(reads.key_positions) == frames
+                assert positions == frames
             else:  # contiguous in the order of time, ending right before the block
-                by_time = [p for _, p in sorted(zip(frames, reads.key_positions, strict=True))]
+                by_time = [p for _, p in sorted(zip(frames, positions, strict=True))]
                 assert by_time == list(range(start - len(frames), start))
     assert left_at_all > 1000
 
 
 def test_packed_moves_the_sink_alone() -> None:
-    table = tuple(Entry(frame, frame) for frame in (0, 1, 8, 9))
-    reads = plan(table, 10, 1, CacheConfig(recent=2, sink=2, positions="packed"))
-    assert reads.key_positions == (6, 7, 8, 9)
+    sink, recent = (tuple(Entry(n, n) for n in frames) for frames in ((0, 1), (8, 9)))
+    config = CacheConfig(recent=2, sink=2, positions="packed")
+    reads = plan(Table(sink, recent), (), 10, 1, config)
+    assert [read.position for read in reads.reads] == [6, 7, 8, 9]
 
 
 # --- Self-Forcing's rolling cache -----------------------------------------------------------------
@@ -160,14 +163,14 @@ def test_windows_are_those_of_self_forcing(window: int, sink: int) -> None:
         for each_pass in theirs[5 * block : 5 * block + 5]:
             assert attended == each_pass
         # Absolute positions: nobody is ever re-rotated, the sink included.
-        assert reads.key_positions == tuple(entry.frame for entry in context.table)
+        assert all(read.position == read.entry.frame for read in reads.reads)
         put(context, block, n)
 
 
 # --- pages ------------------------------------------------------------------------------------
 def small_pool(pages: int = 0) -> PagePool:
     pool = PagePool(SHAPE, torch.float32, torch.device("cpu"))
-    pool.reserve(pages)
+    pool.reserve({pool.frame: pages})
     return pool
 
 
@@ -290,7 +293,7 @@ def test_abort_further_back_than_one_commit_is_refused() -> None:
     context.abort(2)
     with pytest.raises(ValueError, match="cannot abort block 1: block 1 is committed"):
         context.abort(1)  # that commit was not kept: saying nothing would leave it in the table
-    assert context.table == table[:2]
+    assert context.table.recent == table.recent[:2]
     twin = context.fork()
     with pytest.raises(ValueError, match="cannot abort block 1"):
         twin.abort(1)  # a twin begins with what there is
@@ -323,9 +326,11 @@ def test_forks_share_pages_and_go_their_own_way() -> None:
 
 def test_two_thousand_commits_stay_where_they_are() -> None:
     config, n = CacheConfig(recent=7, sink=2, positions="packed"), 3
-    pool = small_pool(Context.pages_needed(config, n))
-    view = ContextView(Context(pool, config), n, GRID)
-    buffers = (*view._keys, *view._values, *view.staged_keys, *view.staged_values)
+    pool = small_pool()
+    context = Context(pool, config)
+    pool.reserve(context.needs(n))
+    view = ContextView(context, n)
+    buffers = (*view._keys, *view._values, *(x for part in view.staging for x in part))
     pages, tensors = pool.addresses(), [buffer.data_ptr() for buffer in buffers]
     nbytes, k_v = (pool.nbytes, view.nbytes), rows(range(n))
     seen = set()
@@ -337,19 +342,19 @@ def test_two_thousand_commits_stay_where_they_are() -> None:
         view.context.commit(block, CLEAN)
         seen.add(pool.used_pages)
     assert pool.addresses() == pages
-    now = (*view._keys, *view._values, *view.staged_keys, *view.staged_values)
+    now = (*view._keys, *view._values, *(x for part in view.staging for x in part))
     assert [buffer.data_ptr() for buffer in now] == tensors
     assert (pool.nbytes, view.nbytes) == nbytes
-    assert max(seen) + n == Context.pages_needed(config, n)  # reserved exactly what is needed
+    assert max(seen) + n == context.needs(n).total()  # reserved exactly what is needed
 
 
 def test_pool_counts_and_bytes() -> None:
     pool = small_pool(3)
     assert pool.nbytes == 3 * 2 * 2 * 2 * 6 * 16 * 4
-    pool.give_back(3)
-    pool.reserve(3)  # the memory of a session that ended is there for the next
+    pool.give_back({pool.frame: 3})
+    pool.reserve({pool.frame: 3})  # the memory of a session that ended is there for the next
     assert len(pool.addresses()) == 1
-    first = pool.acquire()
+    first = pool.acquire(pool.frame)
     pool.retain(first)
     pool.release(first)
     assert (pool.used_pages, pool.free_pages) == (1, 2)
@@ -359,7 +364,7 @@ def test_pool_counts_and_bytes() -> None:
         pool.release(first)
     with pytest.raises(AssertionError, match="not in use"):
         pool.retain(first)
-    pool.reserve(2)  # free pages are promised to another: these two are new
+    pool.reserve({pool.frame: 2})  # free pages are promised to another: these two are new
     assert (pool.free_pages, len(pool.addresses())) == (5, 2)
 
 
@@ -368,7 +373,7 @@ def test_pool_counts_and_bytes() -> None:
 def test_a_view_attends_to_the_kept_frames_at_their_positions(positions: str) -> None:
     """Ring, un-rotated store and re-alignment against keys sorted, rotated once and joined."""
     config, n = CacheConfig(recent=4, sink=2, positions=positions), 3
-    view = ContextView(Context(small_pool(), config), n, GRID)
+    view = ContextView(Context(small_pool(), config), n)
     slots_out_of_order = False
     for block in range(8):
         start = block * n
@@ -398,6 +403,6 @@ def at_positions(frames: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def test_a_block_longer_than_the_view_is_refused() -> None:
-    view = ContextView(Context(small_pool(), CacheConfig(recent=2)), 2, GRID)
+    view = ContextView(Context(small_pool(), CacheConfig(recent=2)), 2)
     with pytest.raises(ValueError, match=r"3 latent frames does not fit.*opened for 2"):
         view.prepare(0, 3)

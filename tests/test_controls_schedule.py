@@ -140,13 +140,12 @@ def test_keys_held_from_the_beginning_move_nothing_in_the_first_picture(
 
 def test_reckoning_in_pieces_is_reckoning_at_once() -> None:
     held = held_keys(3, 1, 40)[0]
-    whole, end = ACTIONS.actions(held)
-    vectors, pose = [], np.zeros(3)
+    whole = ACTIONS.reckon(held)
+    parts, pose = [], np.zeros(3)
     for first, last in ((0, 1), (1, 4), (4, 4 + 1), (5, 25), (25, 40)):
-        part, pose = ACTIONS.actions(held[first:last], pose)
-        vectors.append(part)
-    assert np.abs(np.concatenate(vectors) - whole).max() <= 1e-6
-    assert np.abs(pose - end).max() <= 1e-12
+        parts.append(ACTIONS.reckon(held[first:last], pose))
+        pose = parts[-1][-1]
+    assert np.abs(np.concatenate(parts) - whole).max() <= 1e-12
 
 
 def test_action_vectors_tell_keys_heading_and_place() -> None:
@@ -158,22 +157,23 @@ def test_action_vectors_tell_keys_heading_and_place() -> None:
     )
     held = spec.multi_hot([frozenset({"KeyL"}), frozenset({"KeyW"})])
     assert held.tolist() == [[False, True], [True, False]]
-    vectors, pose = spec.actions(held)
+    poses = spec.reckon(held)
+    vectors = spec.actions(held, poses)
     assert vectors.shape == (2, spec.dim) == (2, 2 + 2 + 4)
     assert vectors.dtype == np.float32
     # A quarter turn to the right, then two pictures of half a cell: from +x to +y, one cell.
-    assert np.abs(pose - [0, 1, math.pi / 2]).max() <= 1e-12
+    assert np.abs(poses[-1] - [0, 1, math.pi / 2]).max() <= 1e-12
     turned = [0, 1, 0, 1, 1, 0, 1, 0]
     moved = [1, 0, 0, 1, 1, 0, math.cos(math.pi / 4), math.sin(math.pi / 4)]
     assert np.abs(vectors - [turned, moved]).max() <= 1e-6
     # Places a period apart are told alike: the vector never leaves the range it was trained in.
-    far, _ = spec.actions(held, np.array([8e5, -8e5, 0.0]))
+    far = spec.actions(held, spec.reckon(held, np.array([8e5, -8e5, 0.0])))
     assert np.abs(far - vectors).max() <= 1e-6
 
 
 def test_a_ray_tells_the_bearing_of_its_column_and_the_place() -> None:
     turned = ACTIONS.multi_hot([L] * 5)  # a quarter turn
-    rays = ACTIONS.rays(turned, columns=4)
+    rays = ACTIONS.rays(ACTIONS.reckon(turned), columns=4)
     assert rays.shape == (5, 4, ACTIONS.ray_dim) and rays.dtype == np.float32
     half = math.tan(ACTIONS.field_of_view / 2)
     for column, across in enumerate((-0.75, -0.25, 0.25, 0.75)):
@@ -186,21 +186,22 @@ def test_a_ray_tells_the_bearing_of_its_column_and_the_place() -> None:
 
 
 def test_rays_meet_again_after_a_full_turn() -> None:
-    rays = ACTIONS.rays(ACTIONS.multi_hot([L] * 40), columns=4)
+    rays = ACTIONS.rays(ACTIONS.reckon(ACTIONS.multi_hot([L] * 40)), columns=4)
     assert rays[39] == pytest.approx(rays[19], abs=1e-6)
     assert np.abs(rays[39] - rays[29]).max() > 0.5
 
 
 def test_rays_in_pieces_are_rays_at_once() -> None:
     held = ACTIONS.multi_hot([W, W | J, L, D, W, S])
-    whole = ACTIONS.rays(held, columns=3)
-    _, pose = ACTIONS.actions(held[:2])
-    assert ACTIONS.rays(held[2:], 3, pose) == pytest.approx(whole[2:], abs=1e-6)
+    whole = ACTIONS.rays(ACTIONS.reckon(held), columns=3)
+    pose = ACTIONS.reckon(held[:2])[-1]
+    assert ACTIONS.rays(ACTIONS.reckon(held[2:], pose), 3) == pytest.approx(whole[2:], abs=1e-6)
 
 
 def test_a_spec_without_a_camera_tells_no_rays() -> None:
     blind = replace(ACTIONS, field_of_view=0.0)
-    assert blind.ray_dim == 0 and blind.rays(blind.multi_hot([W]), 4).shape == (1, 4, 0)
+    assert blind.ray_dim == 0 and blind.camera is None
+    assert blind.rays(blind.reckon(blind.multi_hot([W])), 4).shape == (1, 4, 0)
     with pytest.raises(ValueError, match="field_of_view"):
         replace(ACTIONS, field_of_view=4.0)
     assert replace(ACTIONS, motion=()).ray_dim == 0
@@ -208,10 +209,12 @@ def test_a_spec_without_a_camera_tells_no_rays() -> None:
 
 def test_without_motion_an_action_is_its_keys() -> None:
     spec = replace(ACTIONS, motion=())
-    vectors, pose = spec.actions(spec.multi_hot([W | J, NOTHING]))
+    held = spec.multi_hot([W | J, NOTHING])
+    poses = spec.reckon(held)
+    vectors = spec.actions(held, poses)
     assert spec.dim == len(KEYS)
     assert vectors.tolist() == [[1, 0, 0, 0, 1, 0], [0] * 6]
-    assert pose.tolist() == [0, 0, 0]
+    assert poses.tolist() == [[0, 0, 0]] * 2
 
 
 # --- prompts over time --------------------------------------------------------------------------

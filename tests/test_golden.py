@@ -11,8 +11,8 @@ from torch import Tensor
 from worldsim.cache.config import CacheConfig
 from worldsim.cache.context import Context
 from worldsim.cache.pool import PagePool, PageShape
-from worldsim.models.context import ContextView
 from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning, time_sinusoid
+from worldsim.models.view import ContextView
 from worldsim.rollout import commit, denoise
 from worldsim.schedule import Schedule, levels, shift_table
 
@@ -38,8 +38,8 @@ def rollout(
 ) -> Tensor:
     """Blocks of 3 frames with the reference's own noise; ``[1, C, F, H, W]``."""
     dtype = model.dtype
-    pool = PagePool(PageShape(3, 2, 24, 32), dtype, torch.device("cpu"))
-    view = ContextView(Context(pool, cache), 3, (4, 6))
+    pool = PagePool(PageShape(3, 2, (4, 6), 32), dtype, torch.device("cpu"))
+    view = ContextView(Context(pool, cache), 3)
     conditioning = Conditioning(*model.encode_prompt(inputs["prompt_embeds_padded"].to(dtype)))
 
     def noise(block: int, step: int, shape: tuple[int, ...]) -> Tensor:
@@ -84,8 +84,8 @@ def test_d_one_forward_equals_diffusers(model, inputs) -> None:
     x = inputs["noise"][:, :3].transpose(1, 2)
     conditioning = Conditioning(*model.encode_prompt(inputs["prompt_embeds_padded"]))
     for timestep, bound in ((937.5, 1e-4), (0.0, 8e-6)):
-        pool = PagePool(PageShape(3, 2, 24, 32), torch.float32, torch.device("cpu"))
-        view = ContextView(Context(pool, CacheConfig()), 3, (4, 6))
+        pool = PagePool(PageShape(3, 2, (4, 6), 32), torch.float32, torch.device("cpu"))
+        view = ContextView(Context(pool, CacheConfig()), 3)
         view.prepare(0, 3)
         with torch.inference_mode():
             flow = model(x, torch.full((1, 3), timestep), conditioning, [view])

@@ -144,8 +144,8 @@ def test_a_world_is_scored_through_its_sessions(material: Material) -> None:
     assert twin.session.block == stream.session.block
     assert np.array_equal(twin.session.pose, stream.session.pose)
     assert not torch.equal(
-        world.pool.keys(twin.session.context.table[0].page),
-        world.pool.keys(stream.session.context.table[0].page),
+        world.pool.keys(twin.session.context.table.sink[0].page),
+        world.pool.keys(stream.session.context.table.sink[0].page),
     )
     for made in (stream, twin):
         made.close()

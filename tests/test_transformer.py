@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from worldsim.cache.config import CacheConfig
 from worldsim.cache.context import Context
 from worldsim.cache.pool import PagePool, PageShape
-from worldsim.models.context import ClipContext, ContextView, block_causal
+from worldsim.models.context import ClipContext, block_causal
 from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning, time_sinusoid
+from worldsim.models.view import ContextView
 from worldsim.models.weights import cast, load_model
 from worldsim.rollout import commit, timesteps
 from worldsim.schedule import Schedule
@@ -46,9 +47,10 @@ def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def new_view(
     config: CacheConfig, block_frames: int, dtype: torch.dtype = torch.float32
 ) -> ContextView:
-    pool = PagePool(PageShape(LAYERS, HEADS, TOKENS, HEAD_DIM), dtype, CPU)
-    pool.reserve(Context.pages_needed(config, block_frames))
-    return ContextView(Context(pool, config), block_frames, GRID)
+    pool = PagePool(PageShape(LAYERS, HEADS, GRID, HEAD_DIM), dtype, CPU)
+    context = Context(pool, config)
+    pool.reserve(context.needs(block_frames))
+    return ContextView(context, block_frames)
 
 
 class Clip:
@@ -256,12 +258,12 @@ def test_slots_are_written_again_when_their_page_was_recycled() -> None:
     clip.commit_after_prepare(view, 1)
     wrong.denoise(view, 2)  # the slots are written
     # Abort and retry below the view's feet: the same page comes back with other content.
-    page = view.context.table[1]
+    page = view.context.table.recent[1]
     view.context.abort(1)
     clip.model.commit(wrong.clean[:, :, 1:2], clip.level(1, 0.0), wrong.conditioning(1), [view])
     view.context.stage(1, -1, [1], *view.staged(1))
     view.context.commit(1, -1)
-    assert view.context.table[1] == page
+    assert view.context.table.recent[1] == page
     other = clip.denoise(view, 2)
     assert not torch.equal(other, flows[2])
     slow = new_view(UNBOUNDED, 1)
@@ -310,10 +312,10 @@ def test_nan_in_unused_pages_and_slots_never_shows(sizes: tuple[int, ...]) -> No
     clean = clip.cached(new_view(config, max(sizes)))
     poisoned = new_view(config, max(sizes))
     pool = poisoned.context.pool
-    free = [pool.acquire() for _ in range(pool.free_pages)]
+    free = [pool.acquire(pool.frame) for _ in range(pool.free_pages)]
     unused = [side(page) for page in free for side in (pool.keys, pool.values)]
     unused += poisoned._keys + poisoned._values
-    unused += poisoned.staged_keys + poisoned.staged_values
+    unused += [x for part in poisoned.staging for x in part]
     for tensor in unused:
         tensor.fill_(math.nan)
     for page in reversed(free):

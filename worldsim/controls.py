@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from worldsim.cache.camera import Camera
+
+REACH = 8  # steps forward, of a latent frame each, as far as a view counts
+
 Keys = frozenset[str]
 IDLE: Keys = frozenset()
 
@@ -71,6 +75,14 @@ class ActionSpec:
         told = self.motion and self.field_of_view  # a camera that has a pose
         return 2 * len(self.harmonics) + 4 * len(self.periods) if told else 0
 
+    @property
+    def camera(self) -> Camera | None:
+        """What a pose sees, or None where there are no poses."""
+        if not (self.motion and self.field_of_view):
+            return None
+        step = self.pictures * max(abs(motion.forward) for motion in self.motion)
+        return Camera(self.field_of_view, REACH * step, max(self.periods, default=None))
+
     def resolve(self, buttons: Sequence[str] | Keys) -> Keys:
         """Held event codes with aliases resolved.
 
@@ -93,44 +105,23 @@ class ActionSpec:
         """Held keys of some latent frames, ``[N, keys]``."""
         return np.array([[key in held for key in self.keys] for held in track], dtype=bool)
 
-    def actions(
-        self, held: NDArray[np.bool_], start: NDArray[np.float64] | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Action vectors of latent frames, and the dead-reckoned pose after them.
-
-        Args:
-            held: ``[..., N, keys]``.
-            start: pose before the first frame, ``[..., 3]``; None is the origin.
-
-        Returns:
-            vectors ``[..., N, dim]`` and the pose ``[..., 3]`` (x, y in cells, heading).
-        """
-        if start is None:
-            start = np.zeros((*held.shape[:-2], 3))
+    def actions(self, held: NDArray[np.bool_], poses: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Action vectors ``[..., N, dim]`` of latent frames under held keys ``[..., N, keys]``,
+        which led to poses ``[..., N, 3]``."""
         if not self.motion:
-            return held.astype(np.float32), start
-        poses = self.reckon(held, start)
-        heading = _turns(poses[..., 2:])
-        vectors = np.concatenate([held, heading, self._place(poses)], axis=-1)
-        return vectors.astype(np.float32), poses[..., -1, :]
+            return held.astype(np.float32)
+        told = [held, _turns(poses[..., 2:]), self._place(poses)]
+        return np.concatenate(told, axis=-1).astype(np.float32)
 
-    def rays(
-        self, held: NDArray[np.bool_], columns: int, start: NDArray[np.float64] | None = None
-    ) -> NDArray[np.float32]:
-        """Where each column of tokens looks at the end of each latent frame.
-
-        Args:
-            held: ``[..., N, keys]``.
-            columns: tokens across a picture.
-            start: pose before the first frame, ``[..., 3]``; None is the origin.
+    def rays(self, poses: NDArray[np.float64], columns: int) -> NDArray[np.float32]:
+        """Where each of the ``columns`` of tokens looks from poses ``[..., N, 3]``.
 
         Returns:
             ``[..., N, columns, ray_dim]``: sines and cosines of the bearing of the column's middle,
             and of the place.
         """
         if not self.ray_dim:
-            return np.zeros((*held.shape[:-1], columns, 0), dtype=np.float32)
-        poses = self.reckon(held, np.zeros((*held.shape[:-2], 3)) if start is None else start)
+            return np.zeros((*poses.shape[:-1], columns, 0), dtype=np.float32)
         across = (2 * np.arange(columns) + 1) / columns - 1
         bearing = poses[..., 2:] + np.arctan(across * math.tan(self.field_of_view / 2))
         place = np.broadcast_to(
@@ -144,12 +135,19 @@ class ActionSpec:
         turns = [2 * math.pi * poses[..., :2] / period for period in self.periods]
         return _turns(np.concatenate(turns, axis=-1)) if turns else poses[..., :0]
 
-    def reckon(self, held: NDArray[np.bool_], start: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Poses at the end of each latent frame from the keys alone, ``[..., N, 3]``.
+    def reckon(
+        self, held: NDArray[np.bool_], start: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Poses (x, y, heading) at the end of each latent frame from held keys ``[..., N, keys]``
+        alone, ``[..., N, 3]``; ``start``: before the first frame, ``[..., 3]``, or the origin.
 
         Walls are unknown here, so a place is only as true as the way was free; the heading is
         exact.
         """
+        if start is None:
+            start = np.zeros((*held.shape[:-2], 3))
+        if not self.motion:
+            return np.broadcast_to(start[..., None, :], (*held.shape[:-1], 3))
         moves = np.array([[m.forward, m.right, m.turn] for m in self.motion])
         forward, right, turn = np.moveaxis(held.astype(np.float64) @ moves, -1, 0)
         forward, right, turn = (

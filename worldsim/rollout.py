@@ -3,14 +3,15 @@
 Everything here is a function of its arguments; nothing is remembered between calls.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worldsim.models.context import ContextView
+from worldsim.cache.camera import Pose
 from worldsim.models.transformer import Conditioning
+from worldsim.models.view import ContextView
 from worldsim.schedule import CLEAN, Cell
 
 Pass = Callable[..., Any]  # the model's forward or commit, compiled or not
@@ -61,12 +62,18 @@ def commit(
     conditioning: Conditioning,
     view: ContextView,
     start: int,
+    poses: Sequence[Pose] = (),
+    only: Container[int] | None = None,
 ) -> None:
-    """The context pass: stage the K/V of a finished block ``[1, C, F, H, W]`` and publish it."""
+    """The context pass: stage the K/V of a finished block ``[1, C, F, H, W]`` and publish it.
+
+    ``poses``: at the end of each frame, in worlds that have poses. ``only``: publish these frames.
+    """
     commit_pass(latents, timesteps(cell, latents), conditioning, [view])
-    frames = latents.shape[2]
-    view.context.stage(cell.block, cell.level, range(start, start + frames), *view.staged(frames))
-    view.context.commit(cell.block, cell.level)
+    count = latents.shape[2]
+    frames = range(start, start + count)
+    view.context.stage(cell.block, cell.level, frames, *view.staged(count), poses)
+    view.context.commit(cell.block, cell.level, only)
 
 
 def timesteps(cell: Cell, latents: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ class Script:
         current = [segment.prompt for segment in self.prompts if segment.start <= frame]
         return current[-1]
 
+    def cuts(self, first: int, count: int) -> bool:
+        """Whether a new scene begins in ``count`` latent frames from ``first`` on."""
+        frames = range(max(first, 1), first + count)  # a stream's first frame begins one anyway
+        return any(segment.cut and segment.start in frames for segment in self.prompts)
+
     def held(self, first: int, count: int) -> list[Keys]:
         """Held keys of ``count`` latent frames from ``first`` on."""
         return [self._held(frame) for frame in range(first, first + count)]

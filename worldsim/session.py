@@ -1,11 +1,13 @@
 """One live world: all state that changes, changed only at block boundaries.
 
 A session holds its context (page table), the decoder's carry, the position, the prompt, the held
-keys and the dead-reckoned pose. Noise is a function of (seed, block, step), so this is everything.
+keys, the dead-reckoned pose and the newest clean latents. Noise is a function of (seed, block,
+step), so this is everything.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,15 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldsim.cache.context import Context
+from worldsim.cache.camera import Pose
+from worldsim.cache.context import Context, Event
 from worldsim.config import Settings
 from worldsim.controls import IDLE, Keys
+from worldsim.memory import MemoryReport, latents_kept, report
 from worldsim.models.autoencoder import Carry, CausalAutoencoder, to_pictures
-from worldsim.models.context import ContextView
 from worldsim.models.transformer import Conditioning
+from worldsim.models.view import ContextView
 from worldsim.noise import noise
 from worldsim.parts import part
 from worldsim.rollout import OnStep, commit, denoise
+from worldsim.script import Script
 
 if TYPE_CHECKING:
     from worldsim.world import World
@@ -57,11 +62,12 @@ class Block:
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """A finished block whose context pass has not run yet, and what it was made under."""
+class _Made:
+    """A finished block, what it was made under, and the pose at the end of each frame."""
 
     block: Block
     conditioning: Conditioning
+    poses: tuple[Pose, ...]
 
 
 class Session:
@@ -80,12 +86,14 @@ class Session:
         self.pose = np.zeros(3)
         self.carry: Carry = None
         self.decoded = 0  # number of the next block to decode
-        self._pages = Context.pages_needed(settings.cache, config.block_frames)
-        world.pool.reserve(self._pages)
-        self.context = Context(world.pool, settings.cache)
-        self.view = ContextView(self.context, config.block_frames, world.grid, settings.attention)
-        self._pending: _Pending | None = None
         world.text(prompt)  # a prompt that cannot be read is told now
+        self.context = Context(world.pool, settings.cache, world.actions.camera)
+        self._needs = self.context.needs(config.block_frames)
+        world.pool.reserve(self._needs)
+        self.view = ContextView(self.context, config.block_frames, settings.attention)
+        self._pending: _Made | None = None  # its context pass has not run yet
+        # What is committed and may be committed anew.
+        self._made: deque[_Made] = deque(maxlen=latents_kept(settings.cache, config.block_frames))
 
     def control(
         self, buttons: Sequence[str] | Keys | None = None, prompt: str | None = None
@@ -100,6 +108,14 @@ class Session:
         if prompt is not None:
             self.world.text(prompt)
             self.prompt = prompt
+
+    def follow(self, script: Script) -> list[Keys]:
+        """Take over what a script asks for at the next block; returns its held keys."""
+        frames = self.world.config.block_frames
+        self.control(prompt=script.prompt(self.frame))
+        if script.cuts(self.frame, frames):
+            self.cut()
+        return script.held(self.frame, frames)
 
     def step(self, keys: Sequence[Keys] | None = None, on_step: OnStep | None = None) -> Block:
         """Make and decode the next block; ``keys`` gives held keys for each of its frames."""
@@ -119,15 +135,20 @@ class Session:
             raise ValueError("the world was moved or cast since this session began: open a new one")
         timings = {"commit": 0.0}
         if self._pending is not None:
+            changed = self._pending.block.applied.prompt != self.prompt
             with part("commit", self._pending.block.index, timings):
                 self.settle()
+                if changed and self.settings.cache.prompt == "flush":
+                    self.flush()
+                if changed and self.settings.cache.prompt == "recache":
+                    self.recache()
         frames = self.world.config.block_frames
         if keys is None:  # the very first latent frame is a single picture, which nothing moves
             keys = [self.held if self.frame + i else IDLE for i in range(frames)]
         applied = self._applied(keys)
         with part("denoise", self.block, timings):
-            conditioning, pose = self._conditioning(applied)
-            self.view.prepare(self.frame, frames)
+            conditioning, poses = self._conditioning(applied)
+            self.view.prepare(self.frame, frames, _last(poses))
             latents = denoise(
                 self.world.forward,
                 self.settings.schedule.cells(self.block),
@@ -140,7 +161,7 @@ class Session:
                 on_step,
             )
         block = Block(self.block, self.frame, latents, applied, timings=timings)
-        self._accept(block, conditioning, pose)
+        self._accept(_Made(block, conditioning, poses))
         return block
 
     @torch.inference_mode()
@@ -153,10 +174,10 @@ class Session:
                 f"a given block must be {self.world.latent_shape}, got {tuple(latents.shape)}"
             )
         applied = self._applied((IDLE,) * frames if keys is None else keys)
-        conditioning, pose = self._conditioning(applied)
-        self.view.prepare(self.frame, frames)
+        conditioning, poses = self._conditioning(applied)
+        self.view.prepare(self.frame, frames, _last(poses))
         block = Block(self.block, self.frame, latents.to(self.world.device).float(), applied)
-        self._accept(block, conditioning, pose)
+        self._accept(_Made(block, conditioning, poses))
         return block
 
     def decode(self, block: Block) -> Block:
@@ -178,10 +199,57 @@ class Session:
         """Run the context pass of the newest block, if it has not run yet."""
         if self._pending is None:
             return
-        block, conditioning = self._pending.block, self._pending.conditioning
-        cell = self.settings.schedule.commit_cell(block.index)
-        commit(self.world.commit, cell, block.latents, conditioning, self.view, block.start)
+        made = self._pending
+        self._commit(made, made.conditioning)
+        # Without pictures and text: both would be many times what the latents are.
+        bare = Block(made.block.index, made.block.start, made.block.latents, made.block.applied)
+        told = replace(made.conditioning, text_keys=(), text_values=())
+        self._made.append(replace(made, block=bare, conditioning=told))
         self._pending = None
+
+    # --- events -------------------------------------------------------------------------------
+    def cut(self) -> None:
+        """The next block begins a new scene: it sees all that came before as if from afar."""
+        self._event(Event.CUT)
+
+    def flush(self) -> None:
+        """Forget all but the sink and the newest frame."""
+        self._event(Event.FLUSH)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._event(Event.RESET)
+
+    @torch.inference_mode()
+    def recache(self) -> None:
+        """Commit the recent frames anew under the present prompt, block by block, each over what
+        was committed before it (LongLive). The sink and mid stay as they are."""
+        self.settle()
+        keys, values = self.world.text(self.prompt)
+        frames = {entry.frame for entry in self.context.table.recent}
+        self.context.on_event(Event.REOPEN)
+        for made in self._made:
+            block = made.block
+            count = block.latents.shape[2]
+            if frames.isdisjoint(range(block.start, block.start + count)):
+                continue
+            self.view.prepare(block.start, count, _last(made.poses))
+            again = replace(made.conditioning, text_keys=keys, text_values=values)
+            self._commit(made, again, frames)
+
+    def _event(self, event: Event) -> None:
+        self.settle()
+        self.context.on_event(event)
+
+    def _commit(
+        self, made: _Made, conditioning: Conditioning, only: set[int] | None = None
+    ) -> None:
+        block = made.block
+        cell = self.settings.schedule.commit_cell(block.index)
+        commit(
+            self.world.commit, cell, block.latents, conditioning, self.view, block.start,
+            made.poses, only,
+        )  # fmt: skip
 
     def fork(self) -> "Session":
         """A twin that goes its own way from here; both share the pages committed so far."""
@@ -191,20 +259,20 @@ class Session:
         twin.pose, twin.carry, twin.decoded = self.pose, self.carry, self.decoded
         twin.context = self.context.fork()
         twin.view.context = twin.context
+        twin._made.extend(self._made)
         return twin
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory of its own: the context's pages, their rotated copies, the carry."""
-        pages = self.world.pool.page_nbytes * len(self.context.table)
-        return pages + self.view.nbytes + sum(tensor.nbytes for tensor in self.carry or ())
+    def memory_report(self) -> MemoryReport:
+        """Bytes that it holds and ever will; see `World.memory_report`, which says it before."""
+        return report(self.world, self.settings.cache)
 
     def close(self) -> None:
         """Give the pages back to the world."""
         self._pending = None
+        self._made.clear()
         self.context.close()
-        self.world.pool.give_back(self._pages)
-        self._pages = 0
+        self.world.pool.give_back(self._needs)
+        self._needs.clear()
 
     def __enter__(self) -> "Session":
         return self
@@ -212,11 +280,12 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _accept(self, block: Block, conditioning: Conditioning, pose: NDArray[np.float64]) -> None:
-        self._pending = _Pending(block, conditioning)
-        self.pose = pose
+    def _accept(self, made: _Made) -> None:
+        self._pending = made
+        if made.poses:
+            self.pose = np.array(made.poses[-1])
         self.block += 1
-        self.frame += block.latents.shape[2]
+        self.frame += made.block.latents.shape[2]
 
     def _applied(self, keys: Sequence[Keys]) -> Applied:
         """The receipt of a block under ``keys``; aliases are resolved, unknown keys refused."""
@@ -225,20 +294,25 @@ class Session:
             raise ValueError(f"a block has {frames} latent frames, got keys for {len(keys)}")
         return Applied(tuple(map(self.world.actions.resolve, keys)), self.prompt)
 
-    def _conditioning(self, applied: Applied) -> tuple[Conditioning, NDArray[np.float64]]:
-        """The tensors that controls become, and the pose after them."""
+    def _conditioning(self, applied: Applied) -> tuple[Conditioning, tuple[Pose, ...]]:
+        """The tensors that controls become, and the poses they lead to where there are any."""
         keys, values = self.world.text(applied.prompt)
         spec = self.world.config.actions
         if spec is None:
-            return Conditioning(keys, values), self.pose
+            return Conditioning(keys, values), ()
         held = spec.multi_hot(applied.keys)
-        vectors, pose = spec.actions(held, self.pose)
-        rays = spec.rays(held, self.world.grid[1], self.pose)
-        actions, looks = (torch.from_numpy(a)[None].to(self.world.device) for a in (vectors, rays))
-        return Conditioning(keys, values, actions=actions, rays=looks), pose
+        poses = spec.reckon(held, self.pose)
+        told = spec.actions(held, poses), spec.rays(poses, self.world.grid[1])
+        actions, rays = (torch.from_numpy(x)[None].to(self.world.device) for x in told)
+        reached = tuple((x, y, heading) for x, y, heading in poses.tolist())
+        return Conditioning(keys, values, actions=actions, rays=rays), reached
 
     def _noise(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
         return noise(self.settings.seed, block, step, shape)
+
+
+def _last(poses: tuple[Pose, ...]) -> Pose | None:
+    return poses[-1] if poses else None
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from worldsim.bundle import auto_dtype, check_device, locate
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
 from worldsim.controls import ActionSpec, Keys, parse_prompts
+from worldsim.memory import MemoryReport, report
 from worldsim.models.attention import NATIVE
 from worldsim.models.autoencoder import GROUP, Carry, CausalAutoencoder
 from worldsim.models.transformer import CausalWanTransformer3DModel
@@ -169,7 +170,7 @@ class World:
             shape = PageShape(
                 layers=config.num_layers,
                 heads=config.num_attention_heads,
-                tokens=self.grid[0] * self.grid[1],
+                grid=self.grid,
                 head_dim=config.attention_head_dim,
             )
             self._pool = PagePool(shape, self.dtype, self.device)
@@ -240,6 +241,10 @@ class World:
             attention=self.attention,
         )
 
+    def memory_report(self, cache: str | None = None) -> MemoryReport:
+        """Bytes that a session with this cache would ever hold; nothing is allocated for it."""
+        return report(self, self.config.cache_config(cache))
+
     def stream(
         self,
         prompt: str | None = None,
@@ -277,15 +282,13 @@ class World:
         """Prompts and controls over time as `stream` takes them.
 
         Raises:
-            ValueError: for what this world does not know, and for scene cuts.
+            ValueError: for what this world does not know.
         """
         segments = parse_prompts(
             self.config.prompt if prompt is None else prompt, self.latents_per_second
         )
         for segment in segments:
             self.text(segment.prompt)
-        if any(segment.cut for segment in segments):
-            raise ValueError("prompt: scene cuts (#) are not there yet; leave out the '#'")
         wanted = self.config.controls if controls is None else controls
         if isinstance(wanted, str):
             keys = self.actions.parse(wanted)
@@ -310,9 +313,7 @@ class World:
     ) -> Iterator[Block]:
         with Session(self, settings, script.prompt(0)) as session:
             while blocks is None or session.block < blocks:
-                session.control(prompt=script.prompt(session.frame))
-                keys = script.held(session.frame, self.config.block_frames)
-                block = session.denoise(keys, on_step)
+                block = session.denoise(session.follow(script), on_step)
                 yield session.decode(block) if decoding else block
 
     def blocks_for(self, pictures: int) -> int:

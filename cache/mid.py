@@ -1,0 +1,254 @@
+"""The mid partition: what becomes of frames that leave the recent ones, and what is read of them.
+
+A form is two functions. `take` is called once a commit, with the frames that left; it may write new
+pages and never touches a committed one. `choose` says what the next block reads. Whatever a later
+form does (a learned compressor, a re-encoding, retrieval by meaning), it does here.
+
+Scores are products of un-rotated queries and keys: this package knows no positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from worldsim.cache.camera import Camera, Pose
+from worldsim.cache.config import POOLED, CacheConfig
+from worldsim.cache.policy import Entries, Entry, Mid
+from worldsim.cache.pool import PageKind, PagePool, PageShape
+
+ASKING = 4  # newest frames whose queries say what is asked for (Deep Forcing's R)
+
+
+class Form(Protocol):
+    """How a mid partition works; without state."""
+
+    def needs(self, block_frames: int) -> dict[PageKind, int]:
+        """Pages it ever holds beside those of recent frames."""
+        ...
+
+    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+        """The partition after these frames have left the recent ones."""
+        ...
+
+    def choose(self, mid: Mid, pose: Pose | None) -> Entries:
+        """What the next block reads, given the pose at which it will begin."""
+        ...
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Without a mid partition whatever leaves is gone."""
+
+    def needs(self, block_frames: int) -> dict[PageKind, int]:
+        return {}
+
+    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+        return mid
+
+    def choose(self, mid: Mid, pose: Pose | None) -> Entries:
+        return ()
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Means of keys and of values over cells of two frames by 2×2 tokens. A frame that waits for
+    the second one of its cell is not read."""
+
+    pool: PagePool
+    config: CacheConfig
+
+    @property
+    def kind(self) -> PageKind:
+        height, width = pooled_grid(self.pool.shape)
+        return PageKind(height * width, self.config.formats[1])
+
+    def needs(self, block_frames: int) -> dict[PageKind, int]:
+        recent = PageKind(self.pool.shape.tokens, self.config.formats[2])
+        cells = self.config.mid // POOLED + ceil((block_frames + POOLED - 1) / POOLED)
+        return {self.kind: cells, recent: POOLED - 1}
+
+    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+        frames, most = mid.waiting + left, self.config.mid // POOLED
+        whole = len(frames) - len(frames) % POOLED
+        cells = [frames[first : first + POOLED] for first in range(0, whole, POOLED)]
+        made = tuple(self._pooled(cell) for cell in cells[max(0, len(cells) - most) :])
+        return Mid(_newest(mid.bank + made, most), waiting=frames[whole:])
+
+    def choose(self, mid: Mid, pose: Pose | None) -> Entries:
+        return mid.bank
+
+    def _pooled(self, cell: Entries) -> Entry:
+        page = self.pool.acquire(self.kind)
+        frames = self.pool.read([entry.page for entry in cell])
+        self.pool.write(page, *(self._mean(x) for x in frames))
+        return Entry(cell[0].frame, page, span=POOLED)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """``[L, H, frames · h · w, D] → [L, H, cells, D]``."""
+        layers, heads = x.shape[:2]
+        y = x.float().unflatten(2, (-1, *self.pool.shape.grid)).mean(2)  # over frames
+        y = y.permute(0, 1, 4, 2, 3).flatten(0, 1)
+        # Cells at an odd edge are smaller: padding does not count.
+        y = F.avg_pool2d(y, POOLED, ceil_mode=True, count_include_pad=False)
+        return y.flatten(2).transpose(1, 2).unflatten(0, (layers, heads)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Participative:
+    """The tokens that the newest frames ask for most (Deep Forcing): as many as ``mid`` frames
+    have, chosen for each layer, the same for all heads, in the order of time."""
+
+    pool: PagePool
+    config: CacheConfig
+
+    @property
+    def kind(self) -> PageKind:
+        return PageKind(self.config.mid * self.pool.shape.tokens, placed=True)
+
+    def needs(self, block_frames: int) -> dict[PageKind, int]:
+        return {self.kind: 2}  # the new one is made while the old one can still be taken back
+
+    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+        if not left:
+            return mid
+        keys, values, places = (torch.cat(parts, dim=-2) for parts in zip(
+            *(self._tokens(entry) for entry in (*mid.bank, *left)), strict=True
+        ))  # fmt: skip
+        most = self.kind.tokens
+        if keys.shape[-2] > most:
+            asked = torch.stack(queries).float().sum(0)  # the sum over queries of q·k is (Σq)·k
+            score = torch.einsum("lhd,lhnd->ln", asked, keys.float())
+            kept = score.topk(most, dim=-1).indices.sort(dim=-1).values  # [L, n]
+            where = kept[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[-1])
+            keys, values = keys.gather(2, where), values.gather(2, where)
+            places = places.gather(1, kept[..., None])
+        page = self.pool.acquire(self.kind)
+        self.pool.write(page, keys, values, places[..., 0])
+        tokens = keys.shape[-2]
+        first = min(entry.frame for entry in (*mid.bank, *left))
+        span = ceil(tokens / self.pool.shape.tokens)
+        return Mid((Entry(first, page, span, tokens),))
+
+    def choose(self, mid: Mid, pose: Pose | None) -> Entries:
+        return mid.bank
+
+    def _tokens(self, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values ``[L, H, n, D]`` and places ``[L, n, 1]`` of a page's valid tokens."""
+        keys, values = self.pool.read((entry.page,), tokens=entry.tokens)
+        if entry.tokens is not None:
+            return keys, values, self.pool.places(entry.page)[:, : entry.tokens, None]
+        shape = self.pool.shape
+        places = entry.frame * shape.tokens + torch.arange(shape.tokens, device=keys.device)
+        return keys, values, places.expand(shape.layers, -1)[..., None]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The frames of a bank whose keys the newest frames' queries like best (PackForcing).
+
+    Its score is a mean of q·k over queries, keys and heads, and so the product of the means: all
+    of them count here, where PackForcing samples some. Layers are averaged, so that all of them
+    read the same frames. It changes only at a commit, so it is the same for a whole block.
+    """
+
+    pool: PagePool
+    config: CacheConfig
+
+    def needs(self, block_frames: int) -> dict[PageKind, int]:
+        return _bank_needs(self.pool.shape, self.config, block_frames)
+
+    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+        kept = _newest(left, self.config.bank)
+        summed = tuple(replace(entry, summary=self._mean_key(entry)) for entry in kept)
+        banked = tuple(_restored(entry, self.pool, self.config) for entry in summed)
+        bank = _newest(mid.bank + banked, self.config.bank)
+        if not queries or not bank:
+            return Mid(bank)
+        asked = torch.stack(queries).float().mean(0)
+        keys = torch.stack([entry.summary for entry in bank if entry.summary is not None])
+        score = torch.einsum("lhd,nlhd->n", asked, keys).tolist()
+        return Mid(bank, chosen=_best(bank, score, self.config.mid))
+
+    def choose(self, mid: Mid, pose: Pose | None) -> Entries:
+        return mid.chosen
+
+    def _mean_key(self, entry: Entry) -> Tensor:
+        return self.pool.keys(entry.page).float().mean(-2)
+
+
+@dataclass(frozen=True)
+class Posed:
+    """The frames of a bank that share most of what a camera at the coming pose sees."""
+
+    pool: PagePool
+    config: CacheConfig
+    camera: Camera
+
+    def needs(self, block_frames: int) -> dict[PageKind, int]:
+        return _bank_needs(self.pool.shape, self.config, block_frames)
+
+    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+        kept = _newest(left, self.config.bank)
+        banked = tuple(_restored(entry, self.pool, self.config) for entry in kept)
+        return Mid(_newest(mid.bank + banked, self.config.bank))
+
+    def choose(self, mid: Mid, pose: Pose | None) -> Entries:
+        if pose is None or not mid.bank:
+            return ()
+        known = tuple(entry for entry in mid.bank if entry.pose is not None)
+        score = self.camera.overlap(pose, [entry.pose for entry in known if entry.pose is not None])
+        return _best(known, score.tolist(), self.config.mid)
+
+
+def make_form(pool: PagePool, config: CacheConfig, camera: Camera | None) -> Form:
+    """The form that a configuration asks for.
+
+    Raises:
+        ValueError: for one that this world does not support.
+    """
+    if config.form == "pose":
+        if camera is None:
+            raise ValueError(
+                "cache: mid=…:pose needs a world whose controls give a pose and a field of view"
+            )
+        return Posed(pool, config, camera)
+    made: dict[str, Callable[[PagePool, CacheConfig], Form]] = {
+        "pool": Pooled, "participative": Participative, "topk": TopK,
+    }  # fmt: skip
+    return made[config.form](pool, config) if config.form else Nothing()
+
+
+def pooled_grid(shape: PageShape) -> tuple[int, int]:
+    """Cells of a pooled frame, (height, width)."""
+    height, width = shape.grid
+    return ceil(height / POOLED), ceil(width / POOLED)
+
+
+def _bank_needs(shape: PageShape, config: CacheConfig, block_frames: int) -> dict[PageKind, int]:
+    _, mid, recent = config.formats
+    return {PageKind(shape.tokens, mid): config.bank + (0 if mid == recent else block_frames)}
+
+
+def _restored(entry: Entry, pool: PagePool, config: CacheConfig) -> Entry:
+    """The entry in the format of the bank: quantised now if it was not before."""
+    kind = PageKind(pool.shape.tokens, config.formats[1])
+    if pool.kind(entry.page) == kind:
+        return entry
+    page = pool.acquire(kind)
+    pool.write(page, pool.keys(entry.page), pool.values(entry.page))
+    return replace(entry, page=page)
+
+
+def _newest(entries: Entries, most: int) -> Entries:
+    return entries[max(0, len(entries) - most) :]
+
+
+def _best(entries: Entries, score: list[float], most: int) -> Entries:
+    """The best ones in the order of time; of equals the newer."""
+    order = sorted(range(len(entries)), key=lambda i: (-score[i], -entries[i].frame))
+    return tuple(sorted((entries[i] for i in order[:most]), key=lambda entry: entry.frame))

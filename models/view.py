@@ -1,0 +1,264 @@
+"""The cached path of self-attention: one session's pages, rotated for the current block.
+
+Keys and values lie in a preallocated buffer, seen as ``[H, own + context, D]``: the block's own
+rows first, then those of each page that the plan reads. So the own rows have a fixed address, and a
+filling context only lengthens a slice. In memory rows come before heads, which makes every slice's
+strides the same: a compiled pass fits all lengths.
+
+Two modes. With pages in full each layer has a buffer of its own, in which a page is written again
+only when it, its position or its place in the buffer changes (fastest). With quantised pages all
+layers share one buffer, which each layer fills for itself out of the codes (least memory: whole
+copies of all layers would be larger than what quantising saves).
+
+Shapes: L layers, H heads, N tokens of the own frames, D head size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from worldsim.cache.camera import Pose
+from worldsim.cache.config import POOLED
+from worldsim.cache.context import Context
+from worldsim.cache.mid import pooled_grid
+from worldsim.cache.policy import Read, ReadPlan
+from worldsim.models.attention import NATIVE, attention
+from worldsim.models.rope import rotate, rotation, token_positions
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pages of one kind that lie side by side in the buffer.
+
+    Attributes:
+        rows: of the buffer, counted from the first row after the own ones.
+        cos, sin: their keys' rotation, ``[tokens, D / 2]``, or ``[L, 1, tokens, D / 2]`` where
+            layers hold different tokens.
+    """
+
+    pages: tuple[int, ...]
+    tokens: int | None
+    rows: slice
+    cos: Tensor
+    sin: Tensor
+
+    def rotation(self, layers: slice) -> tuple[Tensor, Tensor]:
+        return (self.cos, self.sin) if self.cos.ndim == 2 else (self.cos[layers], self.sin[layers])
+
+
+Content = tuple[tuple[int, int], float, int]  # (page version, position, first row)
+
+
+class ContextView:
+    """What the passes of a session read and stage; see the module docstring."""
+
+    def __init__(self, context: Context, block_frames: int, backend: str = NATIVE) -> None:
+        self.context = context
+        self.backend = backend
+        shape = context.pool.shape
+        self._own = block_frames * shape.tokens
+        self._shared = context.config.quantised
+        self._written: dict[int, Content] = {}  # by first row
+        self._runs: tuple[Run, ...] = ()  # of the current block, where layers share a buffer
+        self._allocate(self.rows_needed(context, block_frames))
+        staging = (shape.heads, self._own, shape.head_dim)
+        self.staging = [[self._zeros(staging) for _ in range(shape.layers)] for _ in range(3)]
+        self.own_rotation: tuple[Tensor, Tensor] | None = None
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @staticmethod
+    def rows_needed(context: Context, block_frames: int) -> int:
+        """Most tokens of the context that a block reads (at first, where there is no most)."""
+        config, shape = context.config, context.pool.shape
+        if config.capacity is None:
+            return block_frames * shape.tokens
+        mid = config.mid * shape.tokens
+        if config.form == "pool":
+            height, width = pooled_grid(shape)
+            mid = config.mid // POOLED * height * width
+        return config.capacity * shape.tokens + mid
+
+    @staticmethod
+    def bytes_needed(context: Context, block_frames: int) -> int:
+        """What `nbytes` will be (at first, where nothing is ever evicted)."""
+        pool = context.pool
+        own = block_frames * pool.shape.tokens
+        copies = 1 if context.config.quantised else pool.shape.layers
+        rows = 2 * copies * (own + ContextView.rows_needed(context, block_frames))
+        staged = 3 * pool.shape.layers * own
+        return (rows + staged) * pool.shape.heads * pool.shape.head_dim * pool.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rotated copies and of the staging rows."""
+        buffers = {id(x): x.nbytes for x in (*self._keys, *self._values)}
+        return sum(buffers.values()) + sum(x.nbytes for part in self.staging for x in part)
+
+    def prepare(self, start: int, frames: int, pose: Pose | None = None) -> None:
+        """Bring the buffers up to date for the block at absolute frame ``start``; once per block.
+
+        Raises:
+            ValueError: if the block has more frames than the view was made for.
+        """
+        shape = self.context.pool.shape
+        own = frames * shape.tokens
+        if own > self._own:
+            raise ValueError(
+                f"a block of {frames} latent frames does not fit this session, which was opened "
+                f"for {self._own // shape.tokens}"
+            )
+        plan = self.context.plan(start, frames, pose)
+        layout, read = self._layout(plan)
+        if read > self._capacity:
+            self._allocate(2 * read)  # only where nothing is ever evicted
+        if self._shared:
+            self._runs = tuple(self._grouped(layout))
+        else:
+            # What is written at a row stays there until something else is.
+            wanted = {row: self._content(row, read) for row, read in layout}
+            stale = [at for at in layout if self._written.get(at[0]) != wanted[at[0]]]
+            for run in self._grouped(stale):
+                self._fill(run, slice(None))
+            self._written = wanted
+        # A block shorter than the buffer's own rows ends right before the first page.
+        rows = slice(self._own - own, self._own + read)
+        self.keys = [keys[:, rows] for keys in self._keys]
+        self.values = [values[:, rows] for values in self._values]
+        for buffer in (*self.keys, *self.values):
+            # Tells `torch.compile` beforehand that this one length grows: it compiles once.
+            torch._dynamo.maybe_mark_dynamic(buffer, 1)
+        self.own_rotation = self._rotation(
+            token_positions(torch.tensor(plan.query_positions), *shape.grid)
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `worldsim.models.context.Attends`; one row."""
+        assert self.own_rotation is not None, "prepare() comes before attend()"
+        cos, sin = self.own_rotation
+        own = k.shape[-2]
+        for run in self._runs:
+            self._fill(run, slice(layer, layer + 1))
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :own] = rotate(k[0], cos, sin)
+        values[:, :own] = v[0]
+        return attention(rotate(q, cos, sin), keys[None], values[None], backend=self.backend)
+
+    def stage(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """See `worldsim.models.context.Attends`; one row."""
+        own = k.shape[-2]
+        for staged, x in zip(self.staging, (k, v, q), strict=True):
+            staged[layer][:, :own] = x[0]
+
+    def staged(self, frames: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and queries of the last commit pass, ``[L, H, frames * tokens, D]`` each."""
+        own = frames * self.context.pool.shape.tokens
+        keys, values, queries = (
+            torch.stack([staged[:, :own] for staged in part]) for part in self.staging
+        )
+        return keys, values, queries
+
+    # --- what lies where --------------------------------------------------------------------------
+    def _layout(self, plan: ReadPlan) -> tuple[list[tuple[int, Read]], int]:
+        """First row of each page that is read, after the own rows, and the rows of all."""
+        layout, row = [], 0
+        for read in plan.reads:
+            layout.append((row, read))
+            row += self._tokens(read)
+        return layout, row
+
+    def _tokens(self, read: Read) -> int:
+        return read.entry.tokens or self.context.pool.kind(read.entry.page).tokens
+
+    def _content(self, row: int, read: Read) -> Content:
+        return self.context.pool.version(read.entry.page), read.position, row
+
+    def _grouped(self, layout: Sequence[tuple[int, Read]]) -> Iterator[Run]:
+        """Neighbouring pages of one kind as runs; a placed page is a run of its own."""
+        pool = self.context.pool
+        neighbours: list[tuple[object, int, Read]] = []
+        expected = 0
+        group = 0
+        for row, read in layout:
+            kind = pool.kind(read.entry.page)
+            group += row != expected or kind.placed
+            expected = row + self._tokens(read)
+            neighbours.append(((kind, group), row, read))
+        for _, part in groupby(neighbours, key=lambda item: item[0]):
+            members = list(part)
+            reads = [read for _, _, read in members]
+            first = members[0][1]
+            end = members[-1][1] + self._tokens(reads[-1])
+            cos, sin = self._rotation(self._positions(reads))
+            yield Run(
+                tuple(read.entry.page for read in reads), reads[0].entry.tokens,
+                slice(first, end), cos, sin,
+            )  # fmt: skip
+
+    def _positions(self, reads: Sequence[Read]) -> Tensor:
+        """(t, h, w) of a run's tokens ``[tokens, 3]``, or of a placed page's ``[L, 1, n, 3]``."""
+        pool, entry = self.context.pool, reads[0].entry
+        kind = pool.kind(entry.page)
+        if kind.placed:
+            return self._own_positions(reads[0])
+        times = torch.tensor([read.position for read in reads], dtype=torch.float64)
+        if entry.span == 1:
+            return token_positions(times, *pool.shape.grid)
+        # The middle of what a cell stands for; at an odd edge it is smaller.
+        middles = [
+            torch.arange(side, dtype=torch.float64).split(POOLED) for side in pool.shape.grid
+        ]
+        height, width = (torch.stack([cell.mean() for cell in axis]) for axis in middles)
+        time = times + (entry.span - 1) / 2
+        return torch.stack(torch.meshgrid(time, height, width, indexing="ij"), -1).reshape(-1, 3)
+
+    def _own_positions(self, read: Read) -> Tensor:
+        """Tokens that say where they are from: at their own frame, or laid out in their order from
+        ``read.position`` on, as many a frame as a frame has."""
+        pool = self.context.pool
+        _, width = pool.shape.grid
+        places = pool.places(read.entry.page)[:, : self._tokens(read)].cpu()
+        frame, token = places // pool.shape.tokens, places % pool.shape.tokens
+        if not read.own:
+            frame = (torch.arange(places.shape[1]) // pool.shape.tokens).expand_as(places)
+        at = (frame + read.position, token // width, token % width)
+        return torch.stack([x.to(torch.float64) for x in at], dim=-1)[:, None]
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """``[…, n, 3]`` → cosine and sine ``[…, n, D / 2]`` on the pool's device."""
+        pool = self.context.pool
+        cos, sin = rotation(positions.reshape(-1, 3), pool.shape.head_dim, pool.dtype)
+        size = (*positions.shape[:-1], -1)
+        return cos.view(size).to(pool.device), sin.view(size).to(pool.device)
+
+    # --- buffers ----------------------------------------------------------------------------------
+    def _fill(self, run: Run, layers: slice) -> None:
+        """Write the pages of a run for some layers, rotated."""
+        keys, values = self.context.pool.read(run.pages, layers, run.tokens)
+        keys = rotate(keys, *run.rotation(layers))
+        rows = slice(self._own + run.rows.start, self._own + run.rows.stop)
+        for own_keys, own_values, k, v in zip(
+            self._keys[layers], self._values[layers], keys, values, strict=True
+        ):
+            own_keys[:, rows] = k
+            own_values[:, rows] = v
+
+    def _allocate(self, capacity: int) -> None:
+        """Buffers for so many rows of the context."""
+        shape = self.context.pool.shape
+        size = (self._own + capacity, shape.heads, shape.head_dim)
+        self._capacity = capacity
+        made = 1 if self._shared else shape.layers
+        each = shape.layers // made
+        self._keys = [self._zeros(size).transpose(0, 1) for _ in range(made)] * each
+        self._values = [self._zeros(size).transpose(0, 1) for _ in range(made)] * each
+        self._written = {}
+
+    def _zeros(self, size: tuple[int, ...]) -> Tensor:
+        # Always plain tensors: compiled code does not take an inference tensor for the same thing.
+        pool = self.context.pool
+        with torch.inference_mode(False):
+            return torch.zeros(size, dtype=pool.dtype, device=pool.device)
