@@ -78,7 +78,7 @@ ROWS: Mapping[str, Callable[[Figures], str]] = {
     "sharpness, VDE": lambda side: _number(side["drift"]["vde"]),
     "ms: denoise · commit · decode": _times,
     "fps, one part at a time": lambda side: _number(side["fps"]),
-    "pages, MiB": lambda side: f"{side['bytes']['pages'] / MIB:.2f}",
-    "rotated copies, MiB": lambda side: f"{side['bytes']['view'] / MIB:.2f}",
+    "pages, MiB": lambda side: f"{side['bytes']['context'] / MIB:.2f}",
+    "rotated copies, MiB": lambda side: f"{side['bytes']['scratch'] / MIB:.2f}",
     "decoder's carry, MiB": lambda side: f"{side['bytes']['carry'] / MIB:.2f}",
 }

@@ -138,12 +138,17 @@ def plan(table: Table, chosen: Entries, start: int, frames: int, config: CacheCo
     gap = CUT if table.cut else 0
     cursor = start - gap
     packed: dict[Entry, float] = {}
-    for part in (table.recent, chosen, table.sink):
+    # A block that is committed anew may be in the sink itself: nobody reads what is not before it.
+    sink, recent, mid = (
+        tuple(entry for entry in part if entry.frame < start)
+        for part in (table.sink, table.recent, chosen)
+    )
+    for part in (recent, mid, sink):
         for entry in sorted(part, key=lambda entry: entry.frame, reverse=True):
             cursor -= entry.span
             packed[entry] = cursor
     reads = []
-    for entry in (*table.sink, *table.recent, *chosen):
+    for entry in (*sink, *recent, *mid):
         if config.positions == "packed":
             reads.append(Read(entry, packed[entry]))
         elif entry.tokens is None:

@@ -25,8 +25,11 @@ from worldsim.cache.config import POOLED
 from worldsim.cache.context import Context
 from worldsim.cache.mid import pooled_grid
 from worldsim.cache.policy import Read, ReadPlan
+from worldsim.cache.pool import PageKind
 from worldsim.models.attention import NATIVE, attention
 from worldsim.models.rope import rotate, rotation, token_positions
+
+DECODED = 4  # pages at a time: what they are decoded through is several times what they become
 
 
 @dataclass(frozen=True)
@@ -177,16 +180,20 @@ class ContextView:
         return self.context.pool.version(read.entry.page), read.position, row
 
     def _grouped(self, layout: Sequence[tuple[int, Read]]) -> Iterator[Run]:
-        """Neighbouring pages of one kind as runs; a placed page is a run of its own."""
+        """Neighbouring pages of one kind as runs; a placed page is a run of its own, and where
+        pages are decoded for each layer a run is short."""
         pool = self.context.pool
-        neighbours: list[tuple[object, int, Read]] = []
-        expected = 0
-        group = 0
+        neighbours: list[tuple[int, int, Read]] = []
+        expected = group = length = 0
+        before: PageKind | None = None
         for row, read in layout:
             kind = pool.kind(read.entry.page)
-            group += row != expected or kind.placed
+            length = 0 if row != expected or kind != before or kind.placed else length + 1
+            if length % DECODED == 0 if self._shared else length == 0:
+                group += 1
+            before = kind
             expected = row + self._tokens(read)
-            neighbours.append(((kind, group), row, read))
+            neighbours.append((group, row, read))
         for _, part in groupby(neighbours, key=lambda item: item[0]):
             members = list(part)
             reads = [read for _, _, read in members]

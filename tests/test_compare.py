@@ -18,7 +18,7 @@ from worldsim.apps.compare import CompareOptions, run
 from worldsim.apps.compare_tables import shown
 from worldsim.apps.drift import Drift
 from worldsim.apps.setting import Setting
-from worldsim.apps.side import Side, session_bytes
+from worldsim.apps.side import Side
 from worldsim.metrics import psnr
 from worldsim.models.autoencoder import GROUP
 from worldsim.world import World
@@ -78,7 +78,7 @@ def test_other_settings_differ(tmp_path: Path, tiny: str, capsys) -> None:
     assert (one["steps"], two["steps"]) == ([1000], [1000, 500])
     assert (one["sampler"], two["sampler"]) == ("euler", "renoise")
     assert one["cache"] == "sink=0,recent=2,positions=absolute" != two["cache"]
-    assert one["bytes"]["pages"] < two["bytes"]["pages"]
+    assert one["bytes"]["context"] < two["bytes"]["context"]
     assert one["bytes"]["carry"] == two["bytes"]["carry"] > 0
     for side, given in ((one, a), (two, b)):
         assert Setting.parse(side["setting"]) == Setting.parse(given)
@@ -139,12 +139,14 @@ def test_worlds_of_other_blocks_compare(tmp_path: Path, tiny: str, make_world: M
 def test_bytes_are_what_the_pool_gave(make_world: MakeWorld) -> None:
     world = make_world()
     session = Setting(cache="recent=4").session(world)
-    assert session_bytes(session)["pages"] == world.pool.nbytes
+    assert session.memory_report().context == world.pool.nbytes
     endless = Setting(cache="recent=all").session(make_world())
     for _ in range(5):
         endless.step()
     endless.settle()
-    assert session_bytes(endless)["pages"] == endless.context.pool.nbytes
+    report = endless.memory_report()
+    page = endless.context.pool.page_nbytes(endless.context.pool.frame)
+    assert report.recent == 5 * page and report.growth > page
 
 
 # --- drift ---------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ class MemoryReport:
         return {**asdict(self), "context": self.context, "session": self.session}
 
 
-def report(world: "World", cache: CacheConfig) -> MemoryReport:
-    """See `World.memory_report`.
+def report(world: "World", cache: CacheConfig, held: int = 0) -> MemoryReport:
+    """See `World.memory_report`; ``held``: recent frames of a cache without bounds.
 
     Raises:
         ValueError: for a mid form that the world does not support.
@@ -68,7 +68,6 @@ def report(world: "World", cache: CacheConfig) -> MemoryReport:
     _, channels, _, height, width = world.latent_shape
     block = LATENT_BYTES * channels * frames * height * width
     kept = latents_kept(cache, frames)
-    bounded = cache.recent is not None
     return MemoryReport(
         weights=sum(
             tensor.nbytes
@@ -77,12 +76,12 @@ def report(world: "World", cache: CacheConfig) -> MemoryReport:
         ),
         sink=cache.sink * pool.page_nbytes(sink),
         mid=sum(count * pool.page_nbytes(kind) for kind, count in mid.items()),
-        recent=(cache.recent or 0) * pool.page_nbytes(recent),
+        recent=(held if cache.recent is None else cache.recent) * pool.page_nbytes(recent),
         spare=2 * frames * pool.page_nbytes(recent),
         scratch=ContextView.bytes_needed(context, frames),
         carry=world.autoencoder.carry_nbytes(height, width),
-        latents=(kept or 0) * block,
-        growth=0 if bounded else frames * pool.page_nbytes(recent) + block,
+        latents=(ceil(held / frames) if kept is None else kept) * block,
+        growth=0 if kept is not None else frames * pool.page_nbytes(recent) + block,
     )
 
 

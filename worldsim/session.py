@@ -264,7 +264,7 @@ class Session:
 
     def memory_report(self) -> MemoryReport:
         """Bytes that it holds and ever will; see `World.memory_report`, which says it before."""
-        return report(self.world, self.settings.cache)
+        return report(self.world, self.settings.cache, held=len(self.context.table.recent))
 
     def close(self) -> None:
         """Give the pages back to the world."""
