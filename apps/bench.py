@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from worldsim.apps.cache_times import cache_times
 from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.part_times import PartTimes, time_parts
 from worldsim.apps.report import machine, print_table, write_json
@@ -54,6 +55,9 @@ def run(options: BenchOptions) -> None:
         ("part", "median", "p95", "roofline", "ratio", "GFLOP", "GFLOP/s alone"),
         [_row(part, figures) for part in PARTS],
     )
+    session = figures["memory"]["session"] / 2**20
+    context = " + ".join(f"{figures['context_ms'][name]:.2f}" for name in ("gather", "publish"))
+    context += f" ({figures['context_share']:.1%} of denoise and commit)"
     print_table(
         "end to end",
         ("figure", "value"),
@@ -62,7 +66,8 @@ def run(options: BenchOptions) -> None:
             ["fps, parts overlapped (as `worldsim stream`)", f"{figures['fps']:.1f}"],
             ["first picture after process start, s", f"{figures['first_picture_s']:.2f}"],
             ["peak memory, MiB", f"{figures['peak_mib']:.0f}"],
-            ["page pool, MiB", f"{figures['pages_mib']:.2f}"],
+            ["a session: pages, copies, carry, latents, MiB", f"{session:.2f}"],
+            ["context on the host, a block: gather + publish, ms", context],
         ],
     )
     write_json(options.json, figures)
@@ -86,6 +91,7 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
     peak = _peak_mib(world)  # a stream's: the roofline comes after it
     times = time_parts(world, setting, warm_up, options.blocks)
     ms = {part: statistics.median(times.ms[part]) for part in PARTS}
+    context = cache_times(world, setting, warm_up, options.blocks)
     return {
         "world": world.config.name,
         "size": [world.config.height, world.config.width],
@@ -104,7 +110,9 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
         "fps": fps,
         "first_picture_s": _first_picture(options),
         "peak_mib": peak,
-        "pages_mib": world.pool.nbytes / 2**20,
+        "context_ms": context,
+        "context_share": sum(context.values()) / (ms["denoise"] + ms["commit"]),
+        "memory": world.memory_report(setting.cache).figures(),
         "machine": machine(),
     }
 

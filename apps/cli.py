@@ -22,7 +22,9 @@ Seed = Annotated[int, typer.Option(help="Names the noise; the same seed gives th
 WorldName = Annotated[str, typer.Option(help="'maze', a world folder, or a hub id.")]
 # What changes pixels: one value for a run, several for runs side by side.
 STEPS = typer.Option(help="Denoising steps of a block.")
-CACHE = typer.Option(help="What the context keeps, e.g. 'sink=2,recent=9'.")
+CACHE = typer.Option(
+    help="What the context keeps, e.g. 'sink=3,mid=8:pool,recent=9:int8,positions=packed'."
+)
 SCHEDULE = typer.Option(help="Sampler, with or without steps: 'euler', 'renoise:1000,750,500,250'.")
 DTYPE = typer.Option(help="auto, float32, bfloat16 or float16.")
 Steps = Annotated[int | None, STEPS]
@@ -93,7 +95,10 @@ def stream(
 @app.command(epilog="Examples:  worldsim bench --json bench.json  ·  worldsim bench --model medium")
 def bench(
     model: Annotated[
-        str, typer.Option(help="'maze', 'medium' (random weights), a world folder, or a hub id.")
+        str,
+        typer.Option(
+            help="'maze', 'medium' or 'tiny' (random weights), a world folder, or a hub id."
+        ),
     ] = "maze",
     blocks: Annotated[int, typer.Option(help="Blocks to time, after the warm-up.")] = 60,
     steps: Steps = None,
@@ -216,6 +221,27 @@ def compare(
         from worldsim.apps.compare import CompareOptions, run
 
     run(CompareOptions(a, b, prompt, controls, seconds, seed, out, scale, device, threads, json))
+
+
+@app.command(
+    epilog="Examples:  worldsim soak  ·  worldsim soak --cache 'sink=3,recent=9:int4' --blocks 3000"
+)
+def soak(
+    blocks: Annotated[int, typer.Option(help="Blocks to stream.")] = 10_000,
+    world: Annotated[
+        str, typer.Option(help="'tiny' (random weights), 'maze', a world folder, or a hub id.")
+    ] = "tiny",
+    cache: Cache = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json: Json = None,
+) -> None:
+    """Stream for long, and fail if memory grows or pages move."""
+    with _loading():
+        from worldsim.apps.setting import Setting
+        from worldsim.apps.soak import SoakOptions, run
+
+    run(SoakOptions(Setting(world, cache=cache, dtype=dtype), blocks, device, json))
 
 
 @app.command(epilog="Example:  worldsim sheet maze.png --seed 3")

@@ -37,7 +37,7 @@ TABLE = (  # README's
 )
 IN_MARKDOWN = (
     "second 1", "forks", "return", "return, swapped", "change shown", "sharpness", "motion",
-    "late forks", "fps", "bytes",
+    "late forks", "fps", "ms", "bytes",
 )  # fmt: skip
 
 
@@ -103,6 +103,7 @@ def columns(given: Material) -> list[Column]:
         Column("drift error", "drift error (VDE)", ""),
         Column("late forks", "forks, last 10 of 60 s", "%", 100, note="deaf 20"),
         Column("fps", "speed, one process", "fps"),
+        Column("ms", "a block", "ms"),
         Column("bytes", "a session", "KiB", 1 / 1024),
     ]  # fmt: skip
 
@@ -204,6 +205,7 @@ def _speed(world: World, setting: Setting) -> Row:
         held = session.memory_report().session
     return {
         "fps": np.array([pictures / statistics.median(seconds)]),
+        "ms": np.array([1e3 * statistics.median(seconds)]),
         "bytes": np.array([float(held)]),
     }
 

@@ -5,12 +5,12 @@ import torch
 from worldsim.world import World
 
 SHOWN_LINES = 256
-MADE = "medium"  # the one world that is made, not loaded: see `worldsim.apps.medium`
+MADE = ("medium", "tiny")  # worlds that are made, not loaded: see `worldsim.apps.medium`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def open_world(name: str, dtype: str, device: str, threads: int | None) -> World:
-    """Load a world in a dtype, on a device, with a number of threads; ``medium`` is made here.
+    """Load a world in a dtype, on a device, with a number of threads, or make it here.
 
     Raises:
         ValueError: for a dtype, a device or a number of threads that cannot be.
@@ -23,10 +23,10 @@ def open_world(name: str, dtype: str, device: str, threads: int | None) -> World
     # (it heeds OMP_NUM_THREADS and pinning). On two cores that is 1.6 times as fast as two each.
     torch.set_num_threads(threads or max(1, torch.get_num_threads() // 2))
     kind = DTYPES.get(dtype, "auto")
-    if name == MADE:
+    if name in MADE:
         from worldsim.apps import medium
 
-        return medium.random_world(medium.MEDIUM, kind, device)
+        return medium.random_world(medium.MADE[name], kind, device)
     return World.from_pretrained(name, kind, device)
 
 

@@ -73,8 +73,8 @@ class Setting:
         """Blocks until the context of ``world`` is full and a slot has been taken again: from then
         on every block is the same work. None where nothing is ever evicted.
         """
-        capacity = world.config.cache_config(self.cache).capacity
-        return None if capacity is None else -(-capacity // world.config.block_frames) + 2
+        full = world.config.cache_config(self.cache).full_after
+        return None if full is None else -(-full // world.config.block_frames) + 2
 
 
 def every(

@@ -80,6 +80,18 @@ class CacheConfig:
         return None if self.recent is None else self.sink + self.recent
 
     @property
+    def full_after(self) -> int | None:
+        """Latent frames after which every partition is full; None: never."""
+        if self.capacity is None:
+            return None
+        return self.capacity + (max(self.mid, self.bank) + POOLED if self.mid else 0)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the mid form looks at the queries of finished frames."""
+        return self.form in ("participative", "topk")
+
+    @property
     def quantised(self) -> bool:
         return any(format_ != FULL for format_ in self.formats)
 

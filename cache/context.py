@@ -80,6 +80,7 @@ class Context:
         keys: Tensor,
         values: Tensor,
         queries: Tensor | None = None,
+        *,
         poses: Sequence[Pose] = (),
     ) -> None:
         """Write a block's K/V into fresh pages under (block, level); nothing committed changes.
@@ -101,9 +102,9 @@ class Context:
             rows = slice(i * per_frame, (i + 1) * per_frame)
             self.pool.write(page, keys[:, :, rows], values[:, :, rows])
             entries.append(Entry(frame, page, pose=pose))
-        asked = None if queries is None or not self.config.mid else queries
-        if asked is not None:
-            asked = asked.float().unflatten(2, (len(entries), -1)).mean(3)  # [L, H, frames, D]
+        asked = None
+        if queries is not None:
+            asked = queries.float().unflatten(2, (len(entries), -1)).mean(3)  # [L, H, frames, D]
         self._staged[block, level] = tuple(entries), asked
 
     def commit(self, block: int, level: int, only: Container[int] | None = None) -> None:

@@ -52,7 +52,9 @@ class TwoCopies:
         own_part = self._by_frame(on_own) @ self._by_frame(noisy_v)
         return torch.cat((clean, on_clean @ clean_v + own_part.flatten(2, 3)), dim=2)
 
-    def stage(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    asks = False
+
+    def stage(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
         raise AssertionError("a clip leaves nothing behind")
 
     def _by_frame(self, x: Tensor) -> Tensor:

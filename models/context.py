@@ -25,8 +25,13 @@ class Attends(Protocol):
         """``q, k, v [rows, H, N, D]`` un-rotated → attention output ``[rows, H, N, D]``."""
         ...
 
-    def stage(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Record the queries, keys and values that a commit pass leaves behind."""
+    @property
+    def asks(self) -> bool:
+        """Whether a commit pass leaves queries behind as well."""
+        ...
+
+    def stage(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
+        """Record the keys, the values and, where it `asks`, the queries of a commit pass."""
         ...
 
 
@@ -43,9 +48,14 @@ class Rows:
         ]
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def stage(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    @property
+    def asks(self) -> bool:
+        return any(view.asks for view in self.views)
+
+    def stage(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
         for row, view in enumerate(self.views):
-            view.stage(layer, *(x[row : row + 1] for x in (q, k, v)))
+            one = slice(row, row + 1)
+            view.stage(layer, None if q is None else q[one], k[one], v[one])
 
 
 class ClipContext:
@@ -78,7 +88,9 @@ class ClipContext:
         q, k = (rotate(x, self._cos, self._sin) for x in (q, k))
         return attention(q, k, v, mask=self._mask)
 
-    def stage(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    asks = False
+
+    def stage(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
         raise AssertionError("a clip leaves nothing behind")
 
 

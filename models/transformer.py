@@ -183,11 +183,12 @@ class Layer(nn.Module):
         """Per-frame (shift, scale, gate) of attention and of the feed-forward network."""
         return (self.scale_shift_table + m).unbind(2)
 
-    def projected(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values alone: what this layer leaves in the context."""
+    def projected(self, x: Tensor, m: Tensor, asked: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Queries (where they are asked for), keys and values: all that the layer leaves behind."""
         shift, scale, *_ = self.modulation(m)
         y = modulated_norm(x, shift, scale, self.eps)
-        return self.attn1.queries(y), self.attn1.keys(y), self.attn1.values(y)
+        queries = self.attn1.queries(y) if asked else None
+        return queries, self.attn1.keys(y), self.attn1.values(y)
 
     def forward(
         self, x: Tensor, m: Tensor, index: int, conditioning: Conditioning, context: Attends,
@@ -198,7 +199,7 @@ class Layer(nn.Module):
         y = modulated_norm(x, shift1, scale1, self.eps)
         q, k, v = self.attn1.queries(y), self.attn1.keys(y), self.attn1.values(y)
         if stage:
-            context.stage(index, q, k, v)
+            context.stage(index, q if context.asks else None, k, v)
         y = self.attn1.out(context.attend(index, q, k, v))
         x = x + gated(y, gate1)
         x = x + self.read_text(self.norm2(x), index, conditioning, frames=m.shape[1])
@@ -356,7 +357,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             if index < last:
                 x = layer(x, m, index, conditioning, context, stage=True)
             else:
-                context.stage(index, *layer.projected(x, m))
+                context.stage(index, *layer.projected(x, m, context.asks))
 
     def _embed(
         self,

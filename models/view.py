@@ -68,10 +68,17 @@ class ContextView:
         self._runs: tuple[Run, ...] = ()  # of the current block, where layers share a buffer
         self._allocate(self.rows_needed(context, block_frames))
         staging = (shape.heads, self._own, shape.head_dim)
-        self.staging = [[self._zeros(staging) for _ in range(shape.layers)] for _ in range(3)]
+        self.staging = [
+            [self._zeros(staging) for _ in range(shape.layers)] for _ in range(2 + self.asks)
+        ]
         self.own_rotation: tuple[Tensor, Tensor] | None = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+
+    @property
+    def asks(self) -> bool:
+        """See `worldsim.models.context.Attends`."""
+        return self.context.config.asks
 
     @staticmethod
     def rows_needed(context: Context, block_frames: int) -> int:
@@ -92,7 +99,7 @@ class ContextView:
         own = block_frames * pool.shape.tokens
         copies = 1 if context.config.quantised else pool.shape.layers
         rows = 2 * copies * (own + ContextView.rows_needed(context, block_frames))
-        staged = 3 * pool.shape.layers * own
+        staged = (2 + context.config.asks) * pool.shape.layers * own
         return (rows + staged) * pool.shape.heads * pool.shape.head_dim * pool.dtype.itemsize
 
     @property
@@ -100,6 +107,10 @@ class ContextView:
         """Bytes of the rotated copies and of the staging rows."""
         buffers = {id(x): x.nbytes for x in (*self._keys, *self._values)}
         return sum(buffers.values()) + sum(x.nbytes for part in self.staging for x in part)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the rotated copies lie: constant while a stream runs."""
+        return tuple(x.data_ptr() for x in (*self._keys, *self._values))
 
     def prepare(self, start: int, frames: int, pose: Pose | None = None) -> None:
         """Bring the buffers up to date for the block at absolute frame ``start``; once per block.
@@ -150,19 +161,18 @@ class ContextView:
         values[:, :own] = v[0]
         return attention(rotate(q, cos, sin), keys[None], values[None], backend=self.backend)
 
-    def stage(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def stage(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
         """See `worldsim.models.context.Attends`; one row."""
         own = k.shape[-2]
-        for staged, x in zip(self.staging, (k, v, q), strict=True):
+        left = (k, v) if q is None else (k, v, q)
+        for staged, x in zip(self.staging, left, strict=True):
             staged[layer][:, :own] = x[0]
 
-    def staged(self, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and queries of the last commit pass, ``[L, H, frames * tokens, D]`` each."""
+    def staged(self, frames: int) -> tuple[Tensor, ...]:
+        """Keys, values and, where it `asks`, queries of the last commit pass, each
+        ``[L, H, frames * tokens, D]``."""
         own = frames * self.context.pool.shape.tokens
-        keys, values, queries = (
-            torch.stack([staged[:, :own] for staged in part]) for part in self.staging
-        )
-        return keys, values, queries
+        return tuple(torch.stack([staged[:, :own] for staged in part]) for part in self.staging)
 
     # --- what lies where --------------------------------------------------------------------------
     def _layout(self, plan: ReadPlan) -> tuple[list[tuple[int, Read]], int]:

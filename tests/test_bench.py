@@ -181,7 +181,7 @@ def test_after_the_warm_up_every_block_is_the_same_work(cache: str) -> None:
 
 
 def test_medium_is_made_alike_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(medium, "MEDIUM", SMALL)
+    monkeypatch.setitem(medium.MADE, "medium", SMALL)
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
@@ -209,7 +209,7 @@ def test_figures_are_printed_and_written(
         return 1.25
 
     monkeypatch.setattr(bench, "_until_first_byte", first_byte)
-    monkeypatch.setattr(medium, "MEDIUM", SMALL)
+    monkeypatch.setitem(medium.MADE, "medium", SMALL)
     path = tmp_path / "figures.json"
     options = ("--schedule", "euler:1000,500,250", "--threads", "1", "--dtype", "float32")
     arguments = ("bench", "--model", "medium", "--blocks", "10", "--json", path, *options)

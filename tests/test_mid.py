@@ -57,7 +57,7 @@ def pose_of(frame: int) -> tuple[float, float, float]:
 
 def put(context: Context, block: int, n: int = 1, only: set[int] | None = None) -> None:
     frames = range(block * n, block * n + n)
-    context.stage(block, -1, frames, *rows(frames[0], n), [pose_of(frame) for frame in frames])
+    context.stage(block, -1, frames, *rows(frames[0], n), poses=[pose_of(f) for f in frames])
     context.commit(block, -1, only)
 
 
@@ -258,7 +258,7 @@ def test_where_in_time_a_stream_is_makes_no_difference(line: str) -> None:
             view.prepare(block, 1, pose_of(block - shift))
             k, v, q = rows(block - shift, 1)
             out = view.attend(0, q[None, 0], k[None, 0], v[None, 0])
-            context.stage(block, -1, [block], k, v, q, [pose_of(block - shift)])
+            context.stage(block, -1, [block], k, v, q, poses=[pose_of(block - shift)])
             context.commit(block, -1)
         outs.append(out)
     assert outs[1].isfinite().all()

@@ -72,7 +72,7 @@ def commit(
     commit_pass(latents, timesteps(cell, latents), conditioning, [view])
     count = latents.shape[2]
     frames = range(start, start + count)
-    view.context.stage(cell.block, cell.level, frames, *view.staged(count), poses)
+    view.context.stage(cell.block, cell.level, frames, *view.staged(count), poses=poses)
     view.context.commit(cell.block, cell.level, only)
 
 
