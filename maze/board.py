@@ -8,6 +8,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -107,6 +108,10 @@ def _results(
         for future in as_completed(futures):
             yield future.result()
         pool.shutdown()
+    except BrokenProcessPool:
+        raise OSError(
+            "a scoring process was killed (too little memory?): try --processes 1"
+        ) from None
     except BaseException:
         # A task may last a minute: nobody who stops a run waits for it.
         running = list((pool._processes or {}).values())
