@@ -141,7 +141,7 @@ def train(
 
 @app.command(
     epilog="Examples:  worldsim evaluate --steps 1 --steps 2 --cache recent=11"
-    "  ·  worldsim evaluate --table --markdown table.md  ·  worldsim evaluate --self-test"
+    "  ·  worldsim evaluate --table caches --markdown table.md  ·  worldsim evaluate --self-test"
 )
 def evaluate(
     world: Annotated[
@@ -152,8 +152,8 @@ def evaluate(
     schedule: Annotated[list[str] | None, SCHEDULE] = None,
     dtype: Annotated[list[str] | None, DTYPE] = None,
     table: Annotated[
-        bool, typer.Option("--table", help="The settings of README's table, one row each.")
-    ] = False,
+        str | None, typer.Option(help="The settings of a table: settings, steps or caches.")
+    ] = None,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Score the simulator, whole and with known faults.")
     ] = False,
@@ -176,15 +176,19 @@ def evaluate(
     combination.
     """
     with _loading():
-        from worldsim.apps.evaluate import TABLE, EvaluateOptions, run
+        from worldsim.apps.evaluate import EvaluateOptions, run
         from worldsim.apps.setting import every
+        from worldsim.apps.tables import table as rows_of
 
-    listed = (world, steps, cache, schedule, dtype)
-    if table and any(listed):
-        raise ValueError("--table brings its own settings: leave the others out")
-    settings = TABLE if table else every(
-        world or ["maze"], steps or [None], cache or [None], schedule or [None], dtype or ["auto"]
-    )  # fmt: skip
+    worlds = world or ["maze"]
+    if table is None:
+        settings = every(
+            worlds, steps or [None], cache or [None], schedule or [None], dtype or ["auto"]
+        )
+    elif any((steps, cache, schedule, dtype)):
+        raise ValueError("--table brings its own settings: leave out all others but --world")
+    else:
+        settings = [row for name in worlds for row in rows_of(table, name)]
     run(
         EvaluateOptions(
             tuple(settings), tuple(measure or ()), states, device, processes, self_test, sheet,

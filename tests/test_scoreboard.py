@@ -10,7 +10,10 @@ import torch
 
 from worldsim.apps import evaluate
 from worldsim.apps.evaluate import EvaluateOptions
+from worldsim.apps.score_table import mean
 from worldsim.apps.setting import Setting, every
+from worldsim.apps.tables import TABLES, table
+from worldsim.cache.config import CacheConfig
 from worldsim.maze.board import Material, score
 from worldsim.maze.corruptions import FAULTS
 from worldsim.maze.inverse import learn_inverse
@@ -51,7 +54,7 @@ def board(material: Material) -> dict[str, dict[str, float]]:
     found = {}
     for name, fault in FAULTS.items():
         scores = score(partial(Simulated, fault), material, 1, lambda: None)
-        found[name] = {key: evaluate.mean(values)[0] for key, values in scores.items()}
+        found[name] = {key: mean(values)[0] for key, values in scores.items()}
     return found
 
 
@@ -158,7 +161,13 @@ def test_settings_are_combined_and_named() -> None:
     ]  # fmt: skip
     for setting in settings:
         assert Setting.parse(str(setting)) == setting
-    assert len({str(setting) for setting in evaluate.TABLE}) == len(evaluate.TABLE)
+    for name in TABLES:
+        rows = table(name, "maze-short")
+        assert len({str(row) for row in rows}) == len(rows)
+        assert all(row.world == "maze-short" for row in rows)
+        assert all(CacheConfig.parse(row.cache, 1) for row in rows if row.cache)
+    with pytest.raises(ValueError, match="unknown table 'all': choose from settings, steps, cach"):
+        table("all", None)
 
 
 def test_the_command_scores_several_settings(
