@@ -15,7 +15,6 @@ Shapes: L layers, H heads, N tokens of the own frames, D head size.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -25,8 +24,8 @@ from worldsim.cache.config import POOLED
 from worldsim.cache.context import Context
 from worldsim.cache.mid import pooled_grid
 from worldsim.cache.policy import Read, ReadPlan
-from worldsim.cache.pool import PageKind
 from worldsim.models.attention import NATIVE, attention
+from worldsim.models.placement import placement
 from worldsim.models.rope import rotate, rotation, token_positions
 
 DECODED = 4  # pages at a time: what they are decoded through is several times what they become
@@ -190,59 +189,29 @@ class ContextView:
         return self.context.pool.version(read.entry.page), read.position, row
 
     def _grouped(self, layout: Sequence[tuple[int, Read]]) -> Iterator[Run]:
-        """Neighbouring pages of one kind as runs; a placed page is a run of its own, and where
-        pages are decoded for each layer a run is short."""
-        pool = self.context.pool
-        neighbours: list[tuple[int, int, Read]] = []
-        expected = group = length = 0
-        before: PageKind | None = None
+        """Neighbours of one kind as runs."""
+        run: list[tuple[int, Read]] = []
         for row, read in layout:
-            kind = pool.kind(read.entry.page)
-            length = 0 if row != expected or kind != before or kind.placed else length + 1
-            if length % DECODED == 0 if self._shared else length == 0:
-                group += 1
-            before = kind
-            expected = row + self._tokens(read)
-            neighbours.append((group, row, read))
-        for _, part in groupby(neighbours, key=lambda item: item[0]):
-            members = list(part)
-            reads = [read for _, _, read in members]
-            first = members[0][1]
-            end = members[-1][1] + self._tokens(reads[-1])
-            cos, sin = self._rotation(self._positions(reads))
-            yield Run(
-                tuple(read.entry.page for read in reads), reads[0].entry.tokens,
-                slice(first, end), cos, sin,
-            )  # fmt: skip
+            if run and not self._joins(run, row, read):
+                yield self._run(run)
+                run = []
+            run.append((row, read))
+        if run:
+            yield self._run(run)
 
-    def _positions(self, reads: Sequence[Read]) -> Tensor:
-        """(t, h, w) of a run's tokens ``[tokens, 3]``, or of a placed page's ``[L, 1, n, 3]``."""
-        pool, entry = self.context.pool, reads[0].entry
-        kind = pool.kind(entry.page)
-        if kind.placed:
-            return self._own_positions(reads[0])
-        times = torch.tensor([read.position for read in reads], dtype=torch.float64)
-        if entry.span == 1:
-            return token_positions(times, *pool.shape.grid)
-        # The middle of what a cell stands for; at an odd edge it is smaller.
-        middles = [
-            torch.arange(side, dtype=torch.float64).split(POOLED) for side in pool.shape.grid
-        ]
-        height, width = (torch.stack([cell.mean() for cell in axis]) for axis in middles)
-        time = times + (entry.span - 1) / 2
-        return torch.stack(torch.meshgrid(time, height, width, indexing="ij"), -1).reshape(-1, 3)
+    def _joins(self, run: list[tuple[int, Read]], row: int, read: Read) -> bool:
+        pool, (last_row, last) = self.context.pool, run[-1]
+        kind = pool.kind(read.entry.page)
+        alike = kind == pool.kind(last.entry.page) and not kind.placed
+        short = not self._shared or len(run) < DECODED
+        return alike and short and row == last_row + self._tokens(last)
 
-    def _own_positions(self, read: Read) -> Tensor:
-        """Tokens that say where they are from: at their own frame, or laid out in their order from
-        ``read.position`` on, as many a frame as a frame has."""
-        pool = self.context.pool
-        _, width = pool.shape.grid
-        places = pool.places(read.entry.page)[:, : self._tokens(read)].cpu()
-        frame, token = places // pool.shape.tokens, places % pool.shape.tokens
-        if not read.own:
-            frame = (torch.arange(places.shape[1]) // pool.shape.tokens).expand_as(places)
-        at = (frame + read.position, token // width, token % width)
-        return torch.stack([x.to(torch.float64) for x in at], dim=-1)[:, None]
+    def _run(self, run: list[tuple[int, Read]]) -> Run:
+        reads = [read for _, read in run]
+        rows = slice(run[0][0], run[-1][0] + self._tokens(reads[-1]))
+        cos, sin = self._rotation(placement(reads, self.context.pool))
+        pages = tuple(read.entry.page for read in reads)
+        return Run(pages, reads[0].entry.tokens, rows, cos, sin)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """``[…, n, 3]`` → cosine and sine ``[…, n, D / 2]`` on the pool's device."""
