@@ -21,11 +21,13 @@ def cache_times(world: World, setting: Setting, warm_up: int, blocks: int) -> di
                 level = session.settings.schedule.commit_cell(newest).level
                 session.context.abort(newest)
                 rows = range(start, start + frames)
-                with clock.timed("publish"):
-                    session.context.stage(newest, level, rows, *session.view.staged(frames))
-                    session.context.commit(newest, level)
                 x, y, heading = session.pose.tolist()
+                poses = [(x, y, heading)] * frames
+                with clock.timed("publish"):
+                    staged = session.view.staged(frames)
+                    session.context.stage(newest, level, rows, *staged, poses=poses)
+                    session.context.commit(newest, level)
                 with clock.timed("gather"):
-                    session.view.prepare(session.frame, frames, (x, y, heading))
+                    session.view.prepare(session.frame, frames, poses[-1])
             session.denoise()
     return {name: statistics.median(times) for name, times in clock.ms.items()}

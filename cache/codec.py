@@ -3,17 +3,19 @@
 Symmetric RTN as in the field's studies of KV quantisation: groups of up to 16 tokens for each head
 and channel share a scale ``amax / (2ᵇ⁻¹ - 1)`` in float16. Codes are really packed: INT8 is one
 byte a number, INT4 half of one, scales add an eighth of a byte. With ``hadamard`` the channels are
-rotated first, so that a single large channel does not coarsen its own few numbers only (QuaRot).
+rotated first, which spreads a token that is much larger than its neighbours over all of them
+(QuaRot).
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 FULL = "full"
 GROUP = 16  # tokens that share a scale, at most
-LEAST = 2.0**-14  # the smallest normal float16: a scale below it would lose its own digits
+LEAST, MOST = 2.0**-14, 65504.0  # normal float16: below it a scale would lose its own digits
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Codec:
         if self.hadamard:
             y = y @ hadamard(x.shape[-1], x.device)
         groups = y.unflatten(-2, (-1, group_size(x.shape[-2])))
-        scale = (groups.abs().amax(-2) / self.most).clamp_min(LEAST).to(torch.float16)
+        scale = (groups.abs().amax(-2) / self.most).clamp(LEAST, MOST).to(torch.float16)
         codes = (groups / scale.float()[..., None, :]).round_().clamp_(-self.most, self.most)
         codes = (codes.flatten(-3, -2) + 2 ** (self.bits - 1)).to(torch.uint8)
         if self.bits == 4:
@@ -71,6 +73,7 @@ def group_size(tokens: int) -> int:
     return next(size for size in range(min(GROUP, tokens), 0, -1) if tokens % size == 0)
 
 
+@cache
 def hadamard(channels: int, device: torch.device | str = "cpu") -> Tensor:
     """The normalised Hadamard matrix, its own inverse, ``[D, D]``; where D is no power of two, one
     of the largest power of two that divides it, repeated along the diagonal."""

@@ -22,8 +22,8 @@ class CacheConfig:
         recent: newest frames kept, the current block excluded; None keeps everything.
         sink: first frames of the stream, kept for ever and counted apart from ``recent``.
         mid: frames that left the recent ones and are still read, in some ``form``.
-        form: of mid. ``pool``: means over cells of two frames by 2×2 tokens. ``participative``: the
-            most asked-for tokens, as many as ``mid`` frames have. ``topk`` and ``pose``: the
+        form: of mid. ``pool``: means over patches of two frames by 2×2 tokens. ``participative``:
+            the most asked-for tokens, as many as ``mid`` frames have. ``topk`` and ``pose``: the
             ``mid`` best frames out of a ``bank``, by what the newest queries ask or by what a
             camera at the coming pose would see. See `worldsim.cache.mid`.
         bank: frames that ``topk`` and ``pose`` choose from, the newest ones.
@@ -44,24 +44,31 @@ class CacheConfig:
     formats: tuple[str, str, str] = (FULL, FULL, FULL)
 
     def __post_init__(self) -> None:
-        for name in ("sink", "mid", "bank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"cache: {name} must be 0 or more, got {getattr(self, name)}")
-        if self.recent is not None and self.recent < 0:
-            raise ValueError(f"cache: recent must be 0 or more, got {self.recent}")
+        for name in ("sink", "mid", "bank", "recent"):
+            frames = getattr(self, name)
+            if name == "recent" and frames is None:
+                continue
+            if not isinstance(frames, int) or frames < 0:
+                raise ValueError(f"cache: {name} must be a whole number, 0 or more, got {frames}")
+        if len(self.formats) != len(PARTITIONS):
+            raise ValueError(f"cache: formats are those of {', '.join(PARTITIONS)}")
         _one_of("positions", self.positions, POSITIONS)
         _one_of("prompt", self.prompt, ON_PROMPT)
         for name, format_ in zip(PARTITIONS, self.formats, strict=True):
             _one_of(f"the format of {name}", format_, FORMATS)
+            if format_ != FULL and getattr(self, name) == 0:
+                raise ValueError(f"cache: {name} holds no frames to store as {format_}")
         if bool(self.mid) != bool(self.form):
             raise ValueError(f"cache: mid needs frames and a form, as in mid=8:{FORMS[0]}")
         if self.form:
             _one_of("the form of mid", self.form, FORMS)
-            if not self.recent:
-                raise ValueError("cache: mid takes what leaves recent: give recent=1 or more")
+            if self.recent is None:
+                raise ValueError("cache: mid takes what leaves recent, and recent=all keeps it all")
+            if self.recent == 0:
+                raise ValueError("cache: mid takes what leaves recent: keep 1 or more frames there")
         if self.form == "pool" and self.mid % POOLED:
             raise ValueError(
-                f"cache: mid={self.mid}:pool must be a multiple of {POOLED}, the frames of a cell"
+                f"cache: mid={self.mid}:pool must be a multiple of {POOLED}, the frames of a page"
             )
         if self.bank and self.form not in BANKED:
             raise ValueError(f"cache: bank is for mid forms that choose: {', '.join(BANKED)}")
@@ -111,18 +118,23 @@ class CacheConfig:
         if "window" in fields and "recent" in fields:
             raise ValueError("cache: give recent or window, not both (window = sink+recent+block)")
         words = {name: fields.get(name, "0").split(":") for name in PARTITIONS}
-        form, formats = "", {}
+        forms = [word for word in words["mid"][1:] if word in FORMS]
+        formats = {name: [w for w in said if w in FORMATS] for name, (_, *said) in words.items()}
         for name, (_, *said) in words.items():
+            known = (*FORMS, *FORMATS) if name == "mid" else FORMATS
             for word in said:
-                if word in FORMATS:
-                    formats[name] = word
-                elif name == "mid" and word in FORMS:
-                    form = word
-                else:
-                    known = (*FORMS, *FORMATS) if name == "mid" else FORMATS
+                if word not in known:
                     raise ValueError(
-                        f"cache: {name} knows no {word!r}; choose from {', '.join(known)}"
+                        f"cache: {name} knows no {word!r}; after a ':' comes one of "
+                        f"{', '.join(known)}"
                     )
+            if len(formats[name]) > 1:
+                raise ValueError(f"cache: {name} has two formats: {' and '.join(formats[name])}")
+        if len(forms) > 1:
+            raise ValueError(f"cache: mid has two forms: {' and '.join(forms)}")
+        form = "".join(forms)
+        if ":" in fields.get("window", ""):
+            raise ValueError("cache: a window has no format: write recent=9:int4 instead")
         window = _count("window", fields["window"]) if "window" in fields else None
         sink = _sink(words["sink"][0], window)
         recent: int | None = None
@@ -136,17 +148,20 @@ class CacheConfig:
         elif "recent" in fields and words["recent"][0] != "all":
             recent = _count("recent", words["recent"][0])
         mid = _count("mid", words["mid"][0])
-        bank = _count("bank", fields["bank"]) if "bank" in fields else 0
+        bank = BANK * mid if form in BANKED else 0
+        if "bank" in fields:
+            bank = _count("bank", fields["bank"])
         return cls(
             recent=recent,
             sink=sink,
             mid=mid,
             form=form,
-            bank=bank or (BANK * mid if form in BANKED else 0),
+            bank=bank,
             positions=fields.get("positions", "absolute"),
             prompt=fields.get("prompt", "keep"),
             formats=(
-                formats.get("sink", FULL), formats.get("mid", FULL), formats.get("recent", FULL),
+                "".join(formats["sink"]) or FULL, "".join(formats["mid"]) or FULL,
+                "".join(formats["recent"]) or FULL,
             ),
         )  # fmt: skip
 
@@ -168,11 +183,11 @@ class CacheConfig:
 def _fields(line: str) -> dict[str, str]:
     known = ("sink", "mid", "bank", "recent", "window", "positions", "prompt")
     fields: dict[str, str] = {}
-    for part in line.replace(" ", "").split(","):
-        name, equals, value = part.partition("=")
+    for part in line.split(","):
+        name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or name not in known:
             raise ValueError(
-                f"cache: cannot read {part!r}; write for example {EXAMPLE} "
+                f"cache: cannot read {part.strip()!r}; write for example {EXAMPLE} "
                 f"(fields: {', '.join(known)})"
             )
         if name in fields:
@@ -185,7 +200,9 @@ def _sink(value: str, window: int | None) -> int:
     if not value.endswith("%"):
         return _count("sink", value)
     share = _count("sink", value[:-1])
-    if window is None or share > 100:
+    if share > 100:
+        raise ValueError(f"cache: sink={value}: a share is 0…100 %")
+    if window is None:
         raise ValueError(f"cache: sink={value} is a share of a window: write window=21,sink=50%")
     return window * share // 100
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from worldsim.cache.camera import Camera, Pose
 from worldsim.cache.config import CacheConfig
 from worldsim.cache.mid import ASKING, Form, make_form
-from worldsim.cache.policy import Entries, Entry, ReadPlan, Table, admit, flushed, plan
+from worldsim.cache.policy import Entries, Entry, ReadPlan, Table, admit, flushed, plan, reopened
 from worldsim.cache.pool import PageKind, PagePool
 
 FLUSH_KEEPS = 1  # latent frames beside the sink
@@ -125,9 +125,11 @@ class Context:
             kept = tuple(entry for entry in new if entry.frame in only)
         after, left = admit(before, kept, self.config)
         if asked is not None:
-            queries = (*before.queries, *asked.unbind(2))
+            mean = zip(new, asked.unbind(2), strict=True)
+            queries = (*before.queries, *((entry.frame, q) for entry, q in mean if entry in kept))
             after = replace(after, queries=queries[max(0, len(queries) - ASKING) :])
-        after = replace(after, mid=self.form.take(after.mid, left, after.queries))
+        asking = tuple(query for _, query in after.queries)
+        after = replace(after, mid=self.form.take(after.mid, left, asking))
         self._release(set(new) - set(after))  # frames that the policy did not take at all
         self.table = after
         self._last = _Published(block, before, self.newest)
@@ -141,7 +143,7 @@ class Context:
         elif event is Event.CUT:
             after = replace(before, cut=True)
         elif event is Event.REOPEN:
-            after = replace(before, recent=())
+            after = reopened(before)
         else:
             after = Table()
         gone = set(before) | (set(self._last.before) if self._last else set())

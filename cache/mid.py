@@ -7,7 +7,7 @@ form does (a learned compressor, a re-encoding, retrieval by meaning), it does h
 Scores are products of un-rotated queries and keys: this package knows no positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Protocol
@@ -31,12 +31,22 @@ class Form(Protocol):
         """Pages it ever holds beside those of recent frames."""
         ...
 
-    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+    def take(self, mid: Mid, left: Entries, queries: Sequence[Tensor]) -> Mid:
         """The partition after these frames have left the recent ones."""
         ...
 
     def choose(self, mid: Mid, pose: Pose | None) -> Entries:
-        """What the next block reads, given the pose at which it will begin."""
+        """What the next block reads, given the pose at which it will end."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Most tokens that a block reads of it."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it ever keeps beside its pages."""
         ...
 
 
@@ -47,17 +57,19 @@ class Nothing:
     def needs(self, block_frames: int) -> dict[PageKind, int]:
         return {}
 
-    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+    def take(self, mid: Mid, left: Entries, queries: Sequence[Tensor]) -> Mid:
         return mid
 
     def choose(self, mid: Mid, pose: Pose | None) -> Entries:
         return ()
 
+    rows = nbytes = 0
+
 
 @dataclass(frozen=True)
 class Pooled:
-    """Means of keys and of values over cells of two frames by 2×2 tokens. A frame that waits for
-    the second one of its cell is not read."""
+    """Means of keys and of values over patches of two frames by 2×2 tokens. A frame that waits for
+    its second one is not read."""
 
     pool: PagePool
     config: CacheConfig
@@ -69,31 +81,37 @@ class Pooled:
 
     def needs(self, block_frames: int) -> dict[PageKind, int]:
         recent = PageKind(self.pool.shape.tokens, self.config.formats[2])
-        cells = self.config.mid // POOLED + ceil((block_frames + POOLED - 1) / POOLED)
-        return {self.kind: cells, recent: POOLED - 1}
+        pages = self.config.mid // POOLED + ceil((block_frames + POOLED - 1) / POOLED)
+        return {self.kind: pages, recent: POOLED - 1}
 
-    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+    def take(self, mid: Mid, left: Entries, queries: Sequence[Tensor]) -> Mid:
         frames, most = mid.waiting + left, self.config.mid // POOLED
         whole = len(frames) - len(frames) % POOLED
-        cells = [frames[first : first + POOLED] for first in range(0, whole, POOLED)]
-        made = tuple(self._pooled(cell) for cell in cells[max(0, len(cells) - most) :])
+        groups = [frames[first : first + POOLED] for first in range(0, whole, POOLED)]
+        made = tuple(self._pooled(group) for group in groups[max(0, len(groups) - most) :])
         return Mid(_newest(mid.bank + made, most), waiting=frames[whole:])
 
     def choose(self, mid: Mid, pose: Pose | None) -> Entries:
         return mid.bank
 
-    def _pooled(self, cell: Entries) -> Entry:
+    @property
+    def rows(self) -> int:
+        return self.config.mid // POOLED * self.kind.tokens
+
+    nbytes = 0
+
+    def _pooled(self, group: Entries) -> Entry:
         page = self.pool.acquire(self.kind)
-        frames = self.pool.read([entry.page for entry in cell])
+        frames = self.pool.read([entry.page for entry in group])
         self.pool.write(page, *(self._mean(x) for x in frames))
-        return Entry(cell[0].frame, page, span=POOLED)
+        return Entry(group[0].frame, page, span=POOLED)
 
     def _mean(self, x: Tensor) -> Tensor:
-        """``[L, H, frames · h · w, D] → [L, H, cells, D]``."""
+        """``[L, H, frames · h · w, D] → [L, H, patches, D]``."""
         layers, heads = x.shape[:2]
         y = x.float().unflatten(2, (-1, *self.pool.shape.grid)).mean(2)  # over frames
         y = y.permute(0, 1, 4, 2, 3).flatten(0, 1)
-        # Cells at an odd edge are smaller: padding does not count.
+        # Patches at an odd edge are smaller: padding does not count.
         y = F.avg_pool2d(y, POOLED, ceil_mode=True, count_include_pad=False)
         return y.flatten(2).transpose(1, 2).unflatten(0, (layers, heads)).to(x.dtype)
 
@@ -113,38 +131,51 @@ class Participative:
     def needs(self, block_frames: int) -> dict[PageKind, int]:
         return {self.kind: 2}  # the new one is made while the old one can still be taken back
 
-    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+    def take(self, mid: Mid, left: Entries, queries: Sequence[Tensor]) -> Mid:
         if not left:
             return mid
-        keys, values, places = (torch.cat(parts, dim=-2) for parts in zip(
-            *(self._tokens(entry) for entry in (*mid.bank, *left)), strict=True
-        ))  # fmt: skip
-        most = self.kind.tokens
-        if keys.shape[-2] > most:
-            asked = torch.stack(queries).float().sum(0)  # the sum over queries of q·k is (Σq)·k
-            score = torch.einsum("lhd,lhnd->ln", asked, keys.float())
-            kept = score.topk(most, dim=-1).indices.sort(dim=-1).values  # [L, n]
-            where = kept[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[-1])
-            keys, values = keys.gather(2, where), values.gather(2, where)
-            places = places.gather(1, kept[..., None])
+        source = (*mid.bank, *left)
+        asked = torch.stack(list(queries)).float().sum(0)  # the sum over queries of q·k is (Σq)·k
+        # Layer by layer: what is compared in float32 is many times what is kept.
+        layers = [
+            self._best(source, layer, asked[layer]) for layer in range(self.pool.shape.layers)
+        ]
+        keys, values, places = (torch.stack(part) for part in zip(*layers, strict=True))
         page = self.pool.acquire(self.kind)
-        self.pool.write(page, keys, values, places[..., 0])
-        tokens = keys.shape[-2]
-        first = min(entry.frame for entry in (*mid.bank, *left))
-        span = ceil(tokens / self.pool.shape.tokens)
-        return Mid((Entry(first, page, span, tokens),))
+        self.pool.write(page, keys, values, places)
+        first, tokens = min(entry.frame for entry in source), keys.shape[-2]
+        return Mid((Entry(first, page, ceil(tokens / self.pool.shape.tokens), tokens),))
 
     def choose(self, mid: Mid, pose: Pose | None) -> Entries:
         return mid.bank
 
-    def _tokens(self, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values ``[L, H, n, D]`` and places ``[L, n, 1]`` of a page's valid tokens."""
-        keys, values = self.pool.read((entry.page,), tokens=entry.tokens)
+    @property
+    def rows(self) -> int:
+        return self.kind.tokens
+
+    @property
+    def nbytes(self) -> int:
+        return _query_bytes(self.pool.shape)
+
+    def _best(self, source: Entries, layer: int, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values ``[H, n, D]`` and places ``[n]`` of a layer's tokens that stay."""
+        parts = [self._tokens(entry, layer) for entry in source]
+        keys, values = (torch.cat([part[i] for part in parts], dim=1) for i in (0, 1))
+        places = torch.cat([part[2] for part in parts])
+        score = torch.einsum("hd,hnd->n", asked, keys.float())
+        # Of equals the older: a sort that is stable gives the same ones everywhere.
+        order = score.argsort(descending=True, stable=True)[: self.kind.tokens].sort().values
+        return keys[:, order], values[:, order], places[order]
+
+    def _tokens(self, entry: Entry, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values ``[H, n, D]`` and places ``[n]`` of a page's valid tokens."""
+        one = slice(layer, layer + 1)
+        keys, values = (x[0] for x in self.pool.read((entry.page,), one, entry.tokens))
         if entry.tokens is not None:
-            return keys, values, self.pool.places(entry.page)[:, : entry.tokens, None]
-        shape = self.pool.shape
-        places = entry.frame * shape.tokens + torch.arange(shape.tokens, device=keys.device)
-        return keys, values, places.expand(shape.layers, -1)[..., None]
+            return keys, values, self.pool.places(entry.page)[layer, : entry.tokens]
+        per_frame = self.pool.shape.tokens
+        places = entry.frame * per_frame + torch.arange(per_frame, device=keys.device)
+        return keys, values, places
 
 
 @dataclass(frozen=True)
@@ -162,20 +193,29 @@ class TopK:
     def needs(self, block_frames: int) -> dict[PageKind, int]:
         return _bank_needs(self.pool.shape, self.config, block_frames)
 
-    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+    def take(self, mid: Mid, left: Entries, queries: Sequence[Tensor]) -> Mid:
         kept = _newest(left, self.config.bank)
         summed = tuple(replace(entry, summary=self._mean_key(entry)) for entry in kept)
         banked = tuple(_restored(entry, self.pool, self.config) for entry in summed)
         bank = _newest(mid.bank + banked, self.config.bank)
         if not queries or not bank:
             return Mid(bank)
-        asked = torch.stack(queries).float().mean(0)
+        asked = torch.stack(list(queries)).float().mean(0)
         keys = torch.stack([entry.summary for entry in bank if entry.summary is not None])
         score = torch.einsum("lhd,nlhd->n", asked, keys).tolist()
         return Mid(bank, chosen=_best(bank, score, self.config.mid))
 
     def choose(self, mid: Mid, pose: Pose | None) -> Entries:
         return mid.chosen
+
+    @property
+    def rows(self) -> int:
+        return self.config.mid * self.pool.shape.tokens
+
+    @property
+    def nbytes(self) -> int:
+        # A mean key for each page of the bank, those of a block that can be taken back included.
+        return _query_bytes(self.pool.shape, ASKING + self.config.bank + self.config.mid)
 
     def _mean_key(self, entry: Entry) -> Tensor:
         return self.pool.keys(entry.page).float().mean(-2)
@@ -192,30 +232,29 @@ class Posed:
     def needs(self, block_frames: int) -> dict[PageKind, int]:
         return _bank_needs(self.pool.shape, self.config, block_frames)
 
-    def take(self, mid: Mid, left: Entries, queries: tuple[Tensor, ...]) -> Mid:
+    def take(self, mid: Mid, left: Entries, queries: Sequence[Tensor]) -> Mid:
         kept = _newest(left, self.config.bank)
         banked = tuple(_restored(entry, self.pool, self.config) for entry in kept)
         return Mid(_newest(mid.bank + banked, self.config.bank))
 
     def choose(self, mid: Mid, pose: Pose | None) -> Entries:
-        if pose is None or not mid.bank:
-            return ()
         known = tuple(entry for entry in mid.bank if entry.pose is not None)
+        if pose is None or not known:
+            return ()
         score = self.camera.overlap(pose, [entry.pose for entry in known if entry.pose is not None])
         return _best(known, score.tolist(), self.config.mid)
 
+    @property
+    def rows(self) -> int:
+        return self.config.mid * self.pool.shape.tokens
+
+    nbytes = 0
+
 
 def make_form(pool: PagePool, config: CacheConfig, camera: Camera | None) -> Form:
-    """The form that a configuration asks for.
-
-    Raises:
-        ValueError: for one that this world does not support.
-    """
-    if config.form == "pose":
-        if camera is None:
-            raise ValueError(
-                "cache: mid=…:pose needs a world whose controls give a pose and a field of view"
-            )
+    """The form that a configuration asks for; see `check_form` for what is refused."""
+    check_form(config, camera)
+    if camera is not None and config.form == "pose":
         return Posed(pool, config, camera)
     made: dict[str, Callable[[PagePool, CacheConfig], Form]] = {
         "pool": Pooled, "participative": Participative, "topk": TopK,
@@ -223,8 +262,20 @@ def make_form(pool: PagePool, config: CacheConfig, camera: Camera | None) -> For
     return made[config.form](pool, config) if config.form else Nothing()
 
 
+def check_form(config: CacheConfig, camera: Camera | None) -> None:
+    """Refuse what a world with this camera cannot do.
+
+    Raises:
+        ValueError: for retrieval by pose without poses.
+    """
+    if config.form == "pose" and camera is None:
+        raise ValueError(
+            "cache: mid=…:pose needs a world whose controls give a pose and a field of view"
+        )
+
+
 def pooled_grid(shape: PageShape) -> tuple[int, int]:
-    """Cells of a pooled frame, (height, width)."""
+    """Patches of two pooled frames, (height, width)."""
     height, width = shape.grid
     return ceil(height / POOLED), ceil(width / POOLED)
 
@@ -232,6 +283,11 @@ def pooled_grid(shape: PageShape) -> tuple[int, int]:
 def _bank_needs(shape: PageShape, config: CacheConfig, block_frames: int) -> dict[PageKind, int]:
     _, mid, recent = config.formats
     return {PageKind(shape.tokens, mid): config.bank + (0 if mid == recent else block_frames)}
+
+
+def _query_bytes(shape: PageShape, count: int = ASKING) -> int:
+    """Of so many float32 means over the tokens of a frame."""
+    return 4 * count * shape.layers * shape.heads * shape.head_dim
 
 
 def _restored(entry: Entry, pool: PagePool, config: CacheConfig) -> Entry:

@@ -56,14 +56,14 @@ class Table:
     Attributes:
         sink, recent: entries in slot order.
         mid: see `Mid`.
-        queries: for each of the newest frames, the mean query of each layer and head.
+        queries: the newest frames, and the mean query of each layer and head of each.
         cut: the next block begins a new scene.
     """
 
     sink: Entries = ()
     recent: Entries = ()
     mid: Mid = Mid()
-    queries: tuple[Tensor, ...] = field(default=(), compare=False)
+    queries: tuple[tuple[int, Tensor], ...] = field(default=(), compare=False)
     cut: bool = False
 
     def __iter__(self) -> Iterator[Entry]:
@@ -126,6 +126,13 @@ def flushed(table: Table, keep: int) -> Table:
     """Only the sink and the ``keep`` newest frames (KV flush, ∞-RoPE)."""
     newest = sorted(table.recent, key=lambda entry: entry.frame)
     return replace(table, recent=tuple(newest[len(newest) - min(keep, len(newest)) :]), mid=Mid())
+
+
+def reopened(table: Table) -> Table:
+    """Without its recent frames, to be committed anew."""
+    gone = {entry.frame for entry in table.recent}
+    queries = tuple(asked for asked in table.queries if asked[0] not in gone)
+    return replace(table, recent=(), queries=queries, cut=False)
 
 
 def plan(table: Table, chosen: Entries, start: int, frames: int, config: CacheConfig) -> ReadPlan:

@@ -55,7 +55,8 @@ class Rows:
     def stage(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
         for row, view in enumerate(self.views):
             one = slice(row, row + 1)
-            view.stage(layer, None if q is None else q[one], k[one], v[one])
+            asked = q[one] if q is not None and view.asks else None
+            view.stage(layer, asked, k[one], v[one])
 
 
 class ClipContext:

@@ -12,28 +12,25 @@ from worldsim.models.rope import token_positions
 
 
 def placement(reads: Sequence[Read], pool: PagePool) -> Tensor:
-    """Of some pages of one kind, side by side: float64 ``[tokens, 3]``; of one placed page, whose
-    layers hold different tokens: ``[L, 1, tokens, 3]``."""
-    first = reads[0]
-    if pool.kind(first.entry.page).placed:
-        return _placed(first, pool)
+    """Of some pages of one kind, side by side: float64 ``[tokens, 3]``."""
+    span = reads[0].entry.span
     times = torch.tensor([read.position for read in reads], dtype=torch.float64)
-    if first.entry.span == 1:
+    if span == 1:
         return token_positions(times, *pool.shape.grid)
-    # The middle of what a cell stands for; at an odd edge it is smaller.
-    cells = [torch.arange(side, dtype=torch.float64).split(POOLED) for side in pool.shape.grid]
-    height, width = (torch.stack([cell.mean() for cell in axis]) for axis in cells)
-    time = times + (first.entry.span - 1) / 2
+    # The middle of what a patch stands for; at an odd edge it is smaller.
+    patches = [torch.arange(side, dtype=torch.float64).split(POOLED) for side in pool.shape.grid]
+    height, width = (torch.stack([patch.mean() for patch in axis]) for axis in patches)
+    time = times + (span - 1) / 2
     return torch.stack(torch.meshgrid(time, height, width, indexing="ij"), -1).reshape(-1, 3)
 
 
-def _placed(read: Read, pool: PagePool) -> Tensor:
-    """Each token at its own frame, or in their order from ``read.position`` on, as many to a frame
-    as a frame has."""
+def placed(read: Read, pool: PagePool, layer: int) -> Tensor:
+    """Of a placed page in one layer: each token at its own frame, or in their order from
+    ``read.position`` on, as many to a frame as a frame has. float64 ``[tokens, 3]``."""
     per_frame, (_, width) = pool.shape.tokens, pool.shape.grid
-    places = pool.places(read.entry.page)[:, : read.entry.tokens].cpu()
+    places = pool.places(read.entry.page)[layer, : read.entry.tokens].cpu()
     frame, token = places // per_frame, places % per_frame
     if not read.own:
-        frame = (torch.arange(places.shape[1]) // per_frame).expand_as(places)
+        frame = torch.arange(len(places)) // per_frame
     at = (frame + read.position, token // width, token % width)
-    return torch.stack([x.to(torch.float64) for x in at], dim=-1)[:, None]
+    return torch.stack([x.to(torch.float64) for x in at], dim=-1)

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from worldsim.cache.camera import Pose
-from worldsim.cache.config import POOLED
 from worldsim.cache.context import Context
-from worldsim.cache.mid import pooled_grid
 from worldsim.cache.policy import Read, ReadPlan
 from worldsim.models.attention import NATIVE, attention
-from worldsim.models.placement import placement
+from worldsim.models.placement import placed, placement
 from worldsim.models.rope import rotate, rotation, token_positions
 
 DECODED = 4  # pages at a time: what they are decoded through is several times what they become
@@ -37,18 +35,13 @@ class Run:
 
     Attributes:
         rows: of the buffer, counted from the first row after the own ones.
-        cos, sin: their keys' rotation, ``[tokens, D / 2]``, or ``[L, 1, tokens, D / 2]`` where
-            layers hold different tokens.
+        rotation: their keys' cosine and sine, ``[tokens, D / 2]``; None where layers hold different
+            tokens.
     """
 
-    pages: tuple[int, ...]
-    tokens: int | None
+    reads: tuple[Read, ...]
     rows: slice
-    cos: Tensor
-    sin: Tensor
-
-    def rotation(self, layers: slice) -> tuple[Tensor, Tensor]:
-        return (self.cos, self.sin) if self.cos.ndim == 2 else (self.cos[layers], self.sin[layers])
+    rotation: tuple[Tensor, Tensor] | None
 
 
 Content = tuple[tuple[int, int], float, int]  # (page version, position, first row)
@@ -82,14 +75,9 @@ class ContextView:
     @staticmethod
     def rows_needed(context: Context, block_frames: int) -> int:
         """Most tokens of the context that a block reads (at first, where there is no most)."""
-        config, shape = context.config, context.pool.shape
-        if config.capacity is None:
-            return block_frames * shape.tokens
-        mid = config.mid * shape.tokens
-        if config.form == "pool":
-            height, width = pooled_grid(shape)
-            mid = config.mid // POOLED * height * width
-        return config.capacity * shape.tokens + mid
+        capacity = context.config.capacity
+        kept = block_frames if capacity is None else capacity
+        return kept * context.pool.shape.tokens + context.form.rows
 
     @staticmethod
     def bytes_needed(context: Context, block_frames: int) -> int:
@@ -99,13 +87,30 @@ class ContextView:
         copies = 1 if context.config.quantised else pool.shape.layers
         rows = 2 * copies * (own + ContextView.rows_needed(context, block_frames))
         staged = (2 + context.config.asks) * pool.shape.layers * own
-        return (rows + staged) * pool.shape.heads * pool.shape.head_dim * pool.dtype.itemsize
+        numbers = (rows + staged) * pool.shape.heads * pool.shape.head_dim
+        return numbers * pool.dtype.itemsize + ContextView._rotation_bytes(context, own)
+
+    @staticmethod
+    def _rotation_bytes(context: Context, own: int) -> int:
+        """Of cosines and sines, in float32: own rows, and where they are kept, those of pages."""
+        shape = context.pool.shape
+        kept = ContextView.rows_needed(context, own // shape.tokens)
+        rows = own + (kept if context.config.quantised else 0)
+        return 4 * rows * shape.head_dim
+
+    @staticmethod
+    def bytes_per_frame(context: Context) -> int:
+        """What each further frame of a context without bounds adds."""
+        shape, itemsize = context.pool.shape, context.pool.dtype.itemsize
+        copies = 1 if context.config.quantised else shape.layers
+        return 2 * copies * shape.tokens * shape.heads * shape.head_dim * itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rotated copies and of the staging rows."""
+        """Bytes of the rotated copies, of the staging rows, and of rotations at their most."""
         buffers = {id(x): x.nbytes for x in (*self._keys, *self._values)}
-        return sum(buffers.values()) + sum(x.nbytes for part in self.staging for x in part)
+        staging = sum(x.nbytes for part in self.staging for x in part)
+        return sum(buffers.values()) + staging + self._rotation_bytes(self.context, self._own)
 
     def addresses(self) -> tuple[int, ...]:
         """Where the rotated copies lie: constant while a stream runs."""
@@ -135,7 +140,7 @@ class ContextView:
             wanted = {row: self._content(row, read) for row, read in layout}
             stale = [at for at in layout if self._written.get(at[0]) != wanted[at[0]]]
             for run in self._grouped(stale):
-                self._fill(run, slice(None))
+                self._fill_all(run)
             self._written = wanted
         # A block shorter than the buffer's own rows ends right before the first page.
         rows = slice(self._own - own, self._own + read)
@@ -207,24 +212,36 @@ class ContextView:
         return alike and short and row == last_row + self._tokens(last)
 
     def _run(self, run: list[tuple[int, Read]]) -> Run:
-        reads = [read for _, read in run]
+        pool, reads = self.context.pool, tuple(read for _, read in run)
         rows = slice(run[0][0], run[-1][0] + self._tokens(reads[-1]))
-        cos, sin = self._rotation(placement(reads, self.context.pool))
-        pages = tuple(read.entry.page for read in reads)
-        return Run(pages, reads[0].entry.tokens, rows, cos, sin)
+        if pool.kind(reads[0].entry.page).placed:
+            return Run(reads, rows, None)
+        return Run(reads, rows, self._rotation(placement(reads, pool)))
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """``[…, n, 3]`` → cosine and sine ``[…, n, D / 2]`` on the pool's device."""
+        """``[n, 3]`` → cosine and sine ``[n, D / 2]`` on the pool's device."""
         pool = self.context.pool
-        cos, sin = rotation(positions.reshape(-1, 3), pool.shape.head_dim, pool.dtype)
-        size = (*positions.shape[:-1], -1)
-        return cos.view(size).to(pool.device), sin.view(size).to(pool.device)
+        cos, sin = rotation(positions, pool.shape.head_dim, pool.dtype)
+        return cos.to(pool.device), sin.to(pool.device)
 
     # --- buffers ----------------------------------------------------------------------------------
+    def _fill_all(self, run: Run) -> None:
+        """Write the pages of a run for all layers."""
+        if run.rotation is not None:
+            self._fill(run, slice(None))
+            return
+        for layer in range(self.context.pool.shape.layers):
+            self._fill(run, slice(layer, layer + 1))
+
     def _fill(self, run: Run, layers: slice) -> None:
-        """Write the pages of a run for some layers, rotated."""
-        keys, values = self.context.pool.read(run.pages, layers, run.tokens)
-        keys = rotate(keys, *run.rotation(layers))
+        """Write the pages of a run for some layers (one, where they hold different tokens)."""
+        pool, first = self.context.pool, run.reads[0]
+        pages = [read.entry.page for read in run.reads]
+        keys, values = pool.read(pages, layers, first.entry.tokens)
+        turn = run.rotation
+        if turn is None:
+            turn = self._rotation(placed(first, pool, layers.start))
+        keys = rotate(keys, *turn)
         rows = slice(self._own + run.rows.start, self._own + run.rows.stop)
         for own_keys, own_values, k, v in zip(
             self._keys[layers], self._values[layers], keys, values, strict=True

@@ -47,6 +47,12 @@ def test_a_rotation_helps_where_one_channel_is_large() -> None:
     assert errors["int8"] < errors["int4h"] < errors["int4"]
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_very_large_numbers_stay_finite(name: str) -> None:
+    x = torch.full((16, 32), 3e6)
+    assert CODECS[name].decode(*CODECS[name].encode(x), torch.float32).isfinite().all()
+
+
 @pytest.mark.parametrize("channels", [8, 24, 40, 64, 128])
 def test_hadamard_is_orthogonal_and_its_own_inverse(channels: int) -> None:
     matrix = hadamard(channels)

@@ -13,7 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldsim.cache.context import Event
+from worldsim.controls import parse_prompts
 from worldsim.maze.recipe import TINY
+from worldsim.script import Script
 from worldsim.session import Block, Session
 from worldsim.world import World
 
@@ -74,11 +76,16 @@ def test_a_session_holds_what_was_promised(line: str) -> None:
         played(session, 14)
         assert session.memory_report() == promised
         assert world.pool.addresses() == pages, "nothing was allocated while it ran"
+        means = [query for _, query in session.context.table.queries]
+        means += [e.summary for e in session.context.table.mid.bank if e.summary is not None]
+        assert sum(mean.nbytes for mean in means) <= promised.summaries
         assert session.view.nbytes == promised.scratch
         assert sum(x.nbytes for x in session.carry or ()) == promised.carry
-        assert sum(made.block.latents.nbytes for made in session._made) <= promised.latents
+        latents = [made.block.latents.nbytes for made in (*session._made, session._pending) if made]
+        assert sum(latents) == promised.latents
         assert promised.session == sum((
-            promised.context, promised.scratch, promised.carry, promised.latents,
+            promised.context, promised.summaries, promised.scratch, promised.carry,
+            promised.latents,
         ))  # fmt: skip
 
 
@@ -89,6 +96,7 @@ class Peak(TorchDispatchMode):
         super().__init__()
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.most = 0
+        self.weights: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
@@ -96,7 +104,8 @@ class Peak(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
                 ref = StorageWeakRef(storage)
-                self.live[ref.cdata] = (ref, storage.nbytes())
+                if ref.cdata not in self.weights:
+                    self.live[ref.cdata] = (ref, storage.nbytes())
         self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
         self.most = max(self.most, sum(size for _, size in self.live.values()))
         return out
@@ -104,15 +113,13 @@ class Peak(TorchDispatchMode):
 
 @contextmanager
 def peak_of(world: World) -> Iterator[Peak]:
-    """Peak of what is allocated from here on, the weights (which exist) not counted."""
+    """Peak of what is allocated from here on; the weights exist, and do not count."""
     gc.collect()
-    weights = {
-        x.untyped_storage().data_ptr()
-        for model in (world.transformer, world.autoencoder, world.text_encoder)
-        for x in (*model.parameters(), *model.buffers())
-    }
-    assert weights
-    with Peak() as peak:
+    peak = Peak()
+    for model in (world.transformer, world.autoencoder, world.text_encoder):
+        for x in (*model.parameters(), *model.buffers()):
+            peak.weights.add(StorageWeakRef(x.untyped_storage()).cdata)
+    with peak:
         yield peak
 
 
@@ -144,14 +151,14 @@ def after(world: World, line: str, act: Act, blocks: int = 6) -> tuple[Session, 
 
 
 def frames_read(session: Session) -> list[int]:
-    plan = session.context.plan(session.frame, 1)
+    """Of the newest block."""
+    plan = session.context.plan(session.frame - 1, 1)
     return sorted(read.entry.frame for read in plan.reads)
 
 
 def test_a_flush_keeps_the_sink_and_the_newest_frame(world: World) -> None:
     session, _ = after(world, "sink=1,mid=2:topk,bank=4,recent=3", lambda s: s.flush())
-    session.settle()
-    assert frames_read(session) == [0, 5, 6]
+    assert frames_read(session) == [0, 5]
     session.close()
 
 
@@ -249,6 +256,83 @@ def test_a_change_of_prompt_recaches_or_flushes_where_the_cache_says_so(world: W
     assert not torch.equal(made["keep"].latents, made["recache"].latents)
     assert not torch.equal(made["keep"].latents, made["flush"].latents)
     assert made["keep, then"].applied.prompt == "night, fog"
+
+
+@pytest.mark.parametrize("rule", ["flush", "recache"])
+@pytest.mark.parametrize("before", ["settle", "fork", "give", "nothing"])
+def test_the_rule_holds_however_the_prompt_comes(world: World, rule: str, before: str) -> None:
+    """Whether the block before is settled yet makes no difference, nor does a fork."""
+    line = f"sink=1,recent=3,prompt={rule}"
+
+    def changed(how: str) -> torch.Tensor:
+        session = world.session("red brick, day", seed=1, cache=line)
+        played(session, 6)
+        if how == "settle":
+            session.settle()
+        if how == "fork":
+            twin = session.fork()
+            session.close()
+            session = twin
+        session.control(prompt="night, fog")
+        if how == "give":
+            session.decode(session.give(torch.zeros(world.latent_shape), [frozenset()]))
+            session.control(prompt="night, fog")
+        made = session.step()
+        frames = frames_read(session)
+        session.close()
+        assert (frames[1] >= 5) == (rule == "flush")
+        return made.latents
+
+    if before == "give":
+        changed(before)
+    else:
+        assert torch.equal(changed(before), changed("nothing"))
+
+
+def test_a_recache_keeps_cuts_where_they_were(world: World) -> None:
+    """Those that are to come, and those under which blocks were made."""
+    with world.session("red brick, day", seed=1, cache="sink=1,recent=4") as session:
+        played(session, 4)
+        session.cut()
+        session.step()
+        session.settle()
+        before = keys_of(session)
+        session.cut()
+        session.recache()
+        assert session.context.table.cut
+    with world.session("red brick, day", seed=1, cache="recent=9") as session:
+        played(session, 3)
+        session.cut()
+        played(session, 2)
+        session.settle()
+        before = keys_of(session)
+        session.recache()
+        after_it = keys_of(session)
+        assert all(torch.equal(before[frame], after_it[frame]) for frame in before)
+
+
+def test_a_cut_in_the_middle_of_a_block_comes_with_its_prompt() -> None:
+    prompts = parse_prompts("red brick[1s] | night[1s#]", 4.0)  # the second from frame 4 on
+    script = Script(prompts, ())
+    starts = range(0, 12, 3)
+    assert [script.cuts(start, 3) for start in starts] == [False, False, True, False]
+    assert [script.prompt(start) for start in starts] == ["red brick"] * 2 + ["night"] * 2
+
+
+def test_a_session_of_a_world_that_was_cast_says_so() -> None:
+    world = random_world()
+    session = world.session()
+    played(session, 2)
+    world.to(torch.bfloat16)
+    for act in (session.step, session.cut, session.recache, session.fork):
+        with pytest.raises(ValueError, match="moved or cast since this session began"):
+            act()
+    session.close()
+    assert world.pool.nbytes == 0
+    with world.session() as fresh:
+        pages = world.pool.addresses()
+        played(fresh, 8)
+        assert world.pool.addresses() == pages
 
 
 def test_recached_frames_are_those_of_the_new_prompt(wide: World) -> None:

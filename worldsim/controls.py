@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from worldsim.cache.camera import Camera
 
-REACH = 8  # steps forward, of a latent frame each, as far as a view counts
+REACH = 8  # latent frames of walking: as far as a view counts
 
 Keys = frozenset[str]
 IDLE: Keys = frozenset()
@@ -77,11 +77,14 @@ class ActionSpec:
 
     @property
     def camera(self) -> Camera | None:
-        """What a pose sees, or None where there are no poses."""
+        """What a pose sees, or None where nobody moves or looks."""
         if not (self.motion and self.field_of_view):
             return None
-        step = self.pictures * max(abs(motion.forward) for motion in self.motion)
-        return Camera(self.field_of_view, REACH * step, max(self.periods, default=None))
+        stride = max(max(abs(m.forward), abs(m.right)) for m in self.motion)
+        if not stride:
+            return None
+        reach = REACH * self.pictures * stride
+        return Camera(self.field_of_view, reach, max(self.periods, default=None))
 
     def resolve(self, buttons: Sequence[str] | Keys) -> Keys:
         """Held event codes with aliases resolved.

@@ -23,9 +23,10 @@ class MemoryReport:
         weights: of the models, which all sessions of a world share.
         sink, mid, recent: pages of each partition of the context.
         spare: pages for a block that is staged and for one that can be taken back.
+        summaries: mean queries and keys by which a mid form chooses.
         scratch: rotated copies that attention reads, and staging rows.
         carry: what the decoder remembers.
-        latents: newest clean latents, kept to be committed anew.
+        latents: newest clean latents, kept to be committed anew, and those of the newest block.
         growth: what each further block adds; 0 where a cache is bounded.
     """
 
@@ -34,6 +35,7 @@ class MemoryReport:
     mid: int
     recent: int
     spare: int
+    summaries: int
     scratch: int
     carry: int
     latents: int
@@ -47,21 +49,24 @@ class MemoryReport:
     @property
     def session(self) -> int:
         """All that one more session needs."""
-        return self.context + self.scratch + self.carry + self.latents
+        return self.context + self.summaries + self.scratch + self.carry + self.latents
 
     def figures(self) -> dict[str, Any]:
         """Every number by its name, for tables and JSON."""
         return {**asdict(self), "context": self.context, "session": self.session}
 
 
-def report(world: "World", cache: CacheConfig, held: int = 0) -> MemoryReport:
-    """See `World.memory_report`; ``held``: recent frames of a cache without bounds.
+def report(
+    world: "World", cache: CacheConfig, live: Context | None = None, scratch: int = 0
+) -> MemoryReport:
+    """See `World.memory_report`; ``live``: a session's context, whose view takes ``scratch``.
 
     Raises:
         ValueError: for a mid form that the world does not support.
     """
     frames = world.config.block_frames
-    context = Context(world.pool, cache, world.actions.camera)
+    context = live or Context(world.pool, cache, world.actions.camera)
+    held = len(context.table.recent)
     pool, shape = world.pool, world.pool.shape
     sink, _, recent = (PageKind(shape.tokens, format_) for format_ in cache.formats)
     mid = context.form.needs(frames)
@@ -78,16 +83,16 @@ def report(world: "World", cache: CacheConfig, held: int = 0) -> MemoryReport:
         mid=sum(count * pool.page_nbytes(kind) for kind, count in mid.items()),
         recent=(held if cache.recent is None else cache.recent) * pool.page_nbytes(recent),
         spare=2 * frames * pool.page_nbytes(recent),
-        scratch=ContextView.bytes_needed(context, frames),
+        summaries=context.form.nbytes,
+        scratch=scratch or ContextView.bytes_needed(context, frames),
         carry=world.autoencoder.carry_nbytes(height, width),
-        latents=(ceil(held / frames) if kept is None else kept) * block,
-        growth=0 if kept is not None else frames * pool.page_nbytes(recent) + block,
+        latents=(1 + (ceil(held / frames) if kept is None else kept)) * block,
+        growth=0
+        if kept is not None
+        else block + frames * (pool.page_nbytes(recent) + ContextView.bytes_per_frame(context)),
     )
 
 
 def latents_kept(cache: CacheConfig, block_frames: int) -> int | None:
     """How many finished blocks a session keeps to commit them anew; None: all."""
-    if cache.recent is None:
-        return None
-    # A window that is no multiple of the block holds a part of one more.
-    return ceil((cache.recent + block_frames - 1) / block_frames)
+    return None if cache.recent is None else ceil(cache.recent / block_frames)

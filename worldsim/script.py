@@ -31,9 +31,10 @@ class Script:
         return current[-1]
 
     def cuts(self, first: int, count: int) -> bool:
-        """Whether a new scene begins in ``count`` latent frames from ``first`` on."""
-        frames = range(max(first, 1), first + count)  # a stream's first frame begins one anyway
-        return any(segment.cut and segment.start in frames for segment in self.prompts)
+        """Whether a block of ``count`` latent frames from ``first`` on begins a new scene: it is
+        the first one that is made under the prompt after a cut."""
+        since = range(max(1, first - count + 1), first + 1)  # a stream's start is a scene anyway
+        return any(segment.cut and segment.start in since for segment in self.prompts)
 
     def held(self, first: int, count: int) -> list[Keys]:
         """Held keys of ``count`` latent frames from ``first`` on."""

@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Applied:
-    """What a block was made under: held keys of each latent frame, and the prompt."""
+    """What a block was made under: held keys of each latent frame, the prompt, and whether it
+    begins a new scene."""
 
     keys: tuple[Keys, ...]
     prompt: str
+    cut: bool = False
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Session:
         world.pool.reserve(self._needs)
         self.view = ContextView(self.context, config.block_frames, settings.attention)
         self._pending: _Made | None = None  # its context pass has not run yet
+        self._prompt_before: str | None = None  # of the newest block
         # What is committed and may be committed anew.
         self._made: deque[_Made] = deque(maxlen=latents_kept(settings.cache, config.block_frames))
 
@@ -131,17 +134,10 @@ class Session:
         """Make the next block's latents. The block before is committed first, the new one later:
         nobody waits for a context pass who wants to see a picture.
         """
-        if self.context.pool is not self.world.pool:
-            raise ValueError("the world was moved or cast since this session began: open a new one")
-        timings = {"commit": 0.0}
-        if self._pending is not None:
-            changed = self._pending.block.applied.prompt != self.prompt
-            with part("commit", self._pending.block.index, timings):
-                self.settle()
-                if changed and self.settings.cache.prompt == "flush":
-                    self.flush()
-                if changed and self.settings.cache.prompt == "recache":
-                    self.recache()
+        timings: dict[str, float] = {}
+        with part("commit", max(0, self.block - 1), timings):
+            self.settle()
+            self._heed_prompt()
         frames = self.world.config.block_frames
         if keys is None:  # the very first latent frame is a single picture, which nothing moves
             keys = [self.held if self.frame + i else IDLE for i in range(frames)]
@@ -168,6 +164,7 @@ class Session:
     def give(self, latents: Tensor, keys: Sequence[Keys] | None = None) -> Block:
         """Take ``[1, C, F, h, w]`` as the next block instead of making it; draws no noise."""
         self.settle()
+        self._heed_prompt()
         frames = self.world.config.block_frames
         if tuple(latents.shape) != self.world.latent_shape:
             raise ValueError(
@@ -196,7 +193,13 @@ class Session:
 
     @torch.inference_mode()
     def settle(self) -> None:
-        """Run the context pass of the newest block, if it has not run yet."""
+        """Run the context pass of the newest block, if it has not run yet.
+
+        Raises:
+            ValueError: if the world was moved or cast since the session began.
+        """
+        if self.context.pool is not self.world.pool:
+            raise ValueError("the world was moved or cast since this session began: open a new one")
         if self._pending is None:
             return
         made = self._pending
@@ -227,15 +230,29 @@ class Session:
         self.settle()
         keys, values = self.world.text(self.prompt)
         frames = {entry.frame for entry in self.context.table.recent}
+        to_come = self.context.table.cut
         self.context.on_event(Event.REOPEN)
         for made in self._made:
             block = made.block
             count = block.latents.shape[2]
             if frames.isdisjoint(range(block.start, block.start + count)):
                 continue
+            if block.applied.cut:
+                self.context.on_event(Event.CUT)
             self.view.prepare(block.start, count, _last(made.poses))
             again = replace(made.conditioning, text_keys=keys, text_values=values)
             self._commit(made, again, frames)
+        if to_come:
+            self.context.on_event(Event.CUT)
+
+    def _heed_prompt(self) -> None:
+        """Do to the context what a change of prompt since the newest block asks for."""
+        if self._prompt_before in (None, self.prompt):
+            return
+        if self.settings.cache.prompt == "flush":
+            self.flush()
+        elif self.settings.cache.prompt == "recache":
+            self.recache()
 
     def _event(self, event: Event) -> None:
         self.settle()
@@ -257,6 +274,7 @@ class Session:
         twin = Session(self.world, self.settings, self.prompt)
         twin.block, twin.frame, twin.held = self.block, self.frame, self.held
         twin.pose, twin.carry, twin.decoded = self.pose, self.carry, self.decoded
+        twin._prompt_before = self._prompt_before
         twin.context = self.context.fork()
         twin.view.context = twin.context
         twin._made.extend(self._made)
@@ -264,14 +282,14 @@ class Session:
 
     def memory_report(self) -> MemoryReport:
         """Bytes that it holds and ever will; see `World.memory_report`, which says it before."""
-        return report(self.world, self.settings.cache, held=len(self.context.table.recent))
+        return report(self.world, self.settings.cache, self.context, self.view.nbytes)
 
     def close(self) -> None:
         """Give the pages back to the world."""
         self._pending = None
         self._made.clear()
         self.context.close()
-        self.world.pool.give_back(self._needs)
+        self.context.pool.give_back(self._needs)
         self._needs.clear()
 
     def __enter__(self) -> "Session":
@@ -282,6 +300,7 @@ class Session:
 
     def _accept(self, made: _Made) -> None:
         self._pending = made
+        self._prompt_before = made.block.applied.prompt
         if made.poses:
             self.pose = np.array(made.poses[-1])
         self.block += 1
@@ -292,7 +311,8 @@ class Session:
         frames = self.world.config.block_frames
         if len(keys) != frames:
             raise ValueError(f"a block has {frames} latent frames, got keys for {len(keys)}")
-        return Applied(tuple(map(self.world.actions.resolve, keys)), self.prompt)
+        held = tuple(map(self.world.actions.resolve, keys))
+        return Applied(held, self.prompt, self.context.table.cut)
 
     def _conditioning(self, applied: Applied) -> tuple[Conditioning, tuple[Pose, ...]]:
         """The tensors that controls become, and the poses they lead to where there are any."""

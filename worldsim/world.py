@@ -17,6 +17,7 @@ from rich.progress import track as progress_track
 from torch import Tensor
 
 from worldsim.bundle import auto_dtype, check_device, locate
+from worldsim.cache.mid import check_form
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
 from worldsim.controls import ActionSpec, Keys, parse_prompts
@@ -232,10 +233,12 @@ class World:
     ) -> Settings:
         """What a session is opened with: the world's own settings, but for what is given."""
         listed, sampler = self.config.sampling(steps, schedule)
+        kept = self.config.cache_config(cache)
+        check_form(kept, self.actions.camera)
         return Settings(
             seed=seed,
             schedule=listed,
-            cache=self.config.cache_config(cache),
+            cache=kept,
             sampler=sampler,
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
