@@ -282,6 +282,30 @@ def test_where_in_time_a_stream_is_makes_no_difference(line: str) -> None:
     assert (outs[0] - outs[1]).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("line", LINES)
+def test_what_is_unused_never_shows(line: str) -> None:
+    """Pages nobody wrote, rows of pages that are not valid, and slots that are not read hold NaN
+    (or codes that mean the largest number)."""
+    outs = []
+    for poisoned in (False, True):
+        context = context_of(line)
+        view = ContextView(context, 1)
+        if poisoned:
+            for page in context.pool._pages:
+                for part in (page.codes, page.scales):
+                    if part is not None:
+                        part.fill_(math.nan if part.is_floating_point() else 255)
+            for buffer in (*view._keys, *view._values, *(x for part in view.staging for x in part)):
+                buffer.fill_(math.nan)
+        for block in range(14):
+            view.prepare(block, 1, pose_of(block))
+            k, v, q = rows(block, 1)
+            outs.append(view.attend(1, q[None, 1], k[None, 1], v[None, 1]))
+            put(context, block)
+    clean, dirty = outs[:14], outs[14:]
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
 # --- each form ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("grid", [(2, 4), (3, 5)])
 def test_pooled_pages_are_means_over_cells(grid: tuple[int, int]) -> None:

@@ -1,16 +1,13 @@
 """What a session will ever hold, in bytes, told before anything is allocated, and kept to."""
 
 from dataclasses import asdict, dataclass
-from math import ceil
-from typing import TYPE_CHECKING, Any
+from math import ceil, prod
+from typing import Any
 
 from worldsim.cache.config import CacheConfig
 from worldsim.cache.context import Context
 from worldsim.cache.pool import PageKind
 from worldsim.models.view import ContextView
-
-if TYPE_CHECKING:
-    from worldsim.world import World
 
 LATENT_BYTES = 4  # latents are float32
 
@@ -57,39 +54,36 @@ class MemoryReport:
 
 
 def report(
-    world: "World", cache: CacheConfig, live: Context | None = None, scratch: int = 0
+    context: Context,
+    latent_shape: tuple[int, ...],
+    weights: int,
+    carry: int,
+    scratch: int | None = None,
 ) -> MemoryReport:
-    """See `World.memory_report`; ``live``: a session's context, whose view takes ``scratch``.
+    """Of a session with this context, whether it runs yet or not.
 
-    Raises:
-        ValueError: for a mid form that the world does not support.
+    Args:
+        latent_shape: of a block, ``[1, C, F, h, w]``.
+        weights, carry: their bytes.
+        scratch: what the session's view takes; None where it is not made yet.
     """
-    frames = world.config.block_frames
-    context = live or Context(world.pool, cache, world.actions.camera)
-    held = len(context.table.recent)
-    pool, shape = world.pool, world.pool.shape
-    sink, _, recent = (PageKind(shape.tokens, format_) for format_ in cache.formats)
-    mid = context.form.needs(frames)
-    _, channels, _, height, width = world.latent_shape
-    block = LATENT_BYTES * channels * frames * height * width
+    cache, pool, frames = context.config, context.pool, latent_shape[2]
+    sink, _, recent = (PageKind(pool.shape.tokens, format_) for format_ in cache.formats)
+    held = len(context.table.recent) if cache.recent is None else cache.recent
     kept = latents_kept(cache, frames)
+    block = LATENT_BYTES * prod(latent_shape)
+    frame = pool.page_nbytes(recent) + ContextView.bytes_per_frame(context)
     return MemoryReport(
-        weights=sum(
-            tensor.nbytes
-            for model in (world.transformer, world.autoencoder, world.text_encoder)
-            for tensor in (*model.parameters(), *model.buffers())
-        ),
+        weights=weights,
         sink=cache.sink * pool.page_nbytes(sink),
-        mid=sum(count * pool.page_nbytes(kind) for kind, count in mid.items()),
-        recent=(held if cache.recent is None else cache.recent) * pool.page_nbytes(recent),
+        mid=sum(n * pool.page_nbytes(kind) for kind, n in context.form.needs(frames).items()),
+        recent=held * pool.page_nbytes(recent),
         spare=2 * frames * pool.page_nbytes(recent),
         summaries=context.form.nbytes,
-        scratch=scratch or ContextView.bytes_needed(context, frames),
-        carry=world.autoencoder.carry_nbytes(height, width),
+        scratch=ContextView.bytes_needed(context, frames) if scratch is None else scratch,
+        carry=carry,
         latents=(1 + (ceil(held / frames) if kept is None else kept)) * block,
-        growth=0
-        if kept is not None
-        else block + frames * (pool.page_nbytes(recent) + ContextView.bytes_per_frame(context)),
+        growth=0 if kept is not None else block + frames * frame,
     )
 
 

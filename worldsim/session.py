@@ -19,7 +19,7 @@ from worldsim.cache.camera import Pose
 from worldsim.cache.context import Context, Event
 from worldsim.config import Settings
 from worldsim.controls import IDLE, Keys
-from worldsim.memory import MemoryReport, latents_kept, report
+from worldsim.memory import MemoryReport, latents_kept
 from worldsim.models.autoencoder import Carry, CausalAutoencoder, to_pictures
 from worldsim.models.transformer import Conditioning
 from worldsim.models.view import ContextView
@@ -282,7 +282,7 @@ class Session:
 
     def memory_report(self) -> MemoryReport:
         """Bytes that it holds and ever will; see `World.memory_report`, which says it before."""
-        return report(self.world, self.settings.cache, self.context, self.view.nbytes)
+        return self.world.memory_of(self.context, self.view.nbytes)
 
     def close(self) -> None:
         """Give the pages back to the world."""

@@ -17,6 +17,7 @@ from rich.progress import track as progress_track
 from torch import Tensor
 
 from worldsim.bundle import auto_dtype, check_device, locate
+from worldsim.cache.context import Context
 from worldsim.cache.mid import check_form
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
@@ -245,8 +246,24 @@ class World:
         )
 
     def memory_report(self, cache: str | None = None) -> MemoryReport:
-        """Bytes that a session with this cache would ever hold; nothing is allocated for it."""
-        return report(self, self.config.cache_config(cache))
+        """Bytes that a session with this cache would ever hold; nothing is allocated for it.
+
+        Raises:
+            ValueError: for a cache that cannot be, or that this world does not support.
+        """
+        kept = self.config.cache_config(cache)
+        return self.memory_of(Context(self.pool, kept, self.actions.camera))
+
+    def memory_of(self, context: Context, scratch: int | None = None) -> MemoryReport:
+        """The same of a session's context, whose view takes ``scratch`` bytes."""
+        tensors = (
+            tensor
+            for model in self._models().values()
+            for tensor in (*model.parameters(), *model.buffers())
+        )
+        carry = self.autoencoder.carry_nbytes(*self.latent_shape[-2:])
+        weights = sum(tensor.nbytes for tensor in tensors)
+        return report(context, self.latent_shape, weights, carry, scratch)
 
     def stream(
         self,
