@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Pose = tuple[float, float, float]  # x, y, heading
+from worldsim.cache.policy import Pose
 
 BEARINGS, DEPTHS = 9, 6  # points of a view that are tried
 

@@ -13,7 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-FULL = "full"
+from worldsim.cache.config import FORMATS, FULL
+
 GROUP = 16  # tokens that share a scale, at most
 LEAST, MOST = 2.0**-14, 65504.0  # normal float16: below it a scale would lose its own digits
 
@@ -60,12 +61,8 @@ class Codec:
 
 
 CODECS = {
-    "int8": Codec(8),
-    "int4": Codec(4),
-    "int8h": Codec(8, hadamard=True),
-    "int4h": Codec(4, hadamard=True),
+    name: Codec(bits=int(name[3]), hadamard=name.endswith("h")) for name in FORMATS if name != FULL
 }
-FORMATS = (FULL, *CODECS)
 
 
 def group_size(tokens: int) -> int:

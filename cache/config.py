@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from worldsim.cache.codec import FORMATS, FULL
-
 POSITIONS = ("absolute", "packed")
 FORMS = ("pool", "participative", "topk", "pose")
 BANKED = ("topk", "pose")  # forms that choose what is read out of more than is read
 ON_PROMPT = ("keep", "flush", "recache")
 POOLED = 2  # latent frames, rows and columns of tokens that a pooled token stands for
 BANK = 8  # pages of a bank for each one that is read, where nothing else is said
+FULL = "full"
+FORMATS = (FULL, "int8", "int4", "int8h", "int4h")  # how pages are stored; h: Hadamard
 PARTITIONS = ("sink", "mid", "recent")
 EXAMPLE = "'sink=3,mid=8:pool,recent=9,positions=packed'"
 

@@ -12,10 +12,20 @@ from itertools import zip_longest
 
 from torch import Tensor
 
-from worldsim.cache.camera import Camera, Pose
+from worldsim.cache.camera import Camera
 from worldsim.cache.config import CacheConfig
 from worldsim.cache.mid import ASKING, Form, make_form
-from worldsim.cache.policy import Entries, Entry, ReadPlan, Table, admit, flushed, plan, reopened
+from worldsim.cache.policy import (
+    Entries,
+    Entry,
+    Pose,
+    ReadPlan,
+    Table,
+    admit,
+    flushed,
+    plan,
+    reopened,
+)
 from worldsim.cache.pool import PageKind, PagePool
 
 FLUSH_KEEPS = 1  # latent frames beside the sink

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from worldsim.cache.camera import Camera, Pose
+from worldsim.cache.camera import Camera
 from worldsim.cache.config import POOLED, CacheConfig
-from worldsim.cache.policy import Entries, Entry, Mid
+from worldsim.cache.policy import Entries, Entry, Mid, Pose
 from worldsim.cache.pool import PageKind, PagePool, PageShape
 
 ASKING = 4  # newest frames whose queries say what is asked for (Deep Forcing's R)

@@ -7,13 +7,17 @@ is simply taken by the new one and nothing is ever moved.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from worldsim.cache.camera import Pose
 from worldsim.cache.config import CacheConfig
 
+if TYPE_CHECKING:  # host metadata carries two small tensors along, and looks into neither
+    from torch import Tensor
+
 CUT = 27  # latent frames: ∞-RoPE puts the block after a cut, 18…20 of its window, at 45…47
+
+
+Pose = tuple[float, float, float]  # x, y, heading
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Entry:
     span: int = 1
     tokens: int | None = None
     pose: Pose | None = field(default=None, compare=False)
-    summary: Tensor | None = field(default=None, compare=False)
+    summary: "Tensor | None" = field(default=None, compare=False)
 
 
 Entries = tuple[Entry, ...]
@@ -63,7 +67,7 @@ class Table:
     sink: Entries = ()
     recent: Entries = ()
     mid: Mid = Mid()
-    queries: tuple[tuple[int, Tensor], ...] = field(default=(), compare=False)
+    queries: "tuple[tuple[int, Tensor], ...]" = field(default=(), compare=False)
     cut: bool = False
 
     def __iter__(self) -> Iterator[Entry]:

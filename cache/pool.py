@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from worldsim.cache.codec import CODECS, FULL, group_size
+from worldsim.cache.codec import CODECS, group_size
+from worldsim.cache.config import FULL
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worldsim.cache.camera import Pose
 from worldsim.cache.context import Context
-from worldsim.cache.policy import Read, ReadPlan
+from worldsim.cache.policy import Pose, Read, ReadPlan
 from worldsim.models.attention import NATIVE, attention
 from worldsim.models.placement import placed, placement
 from worldsim.models.rope import rotate, rotation, token_positions

@@ -61,9 +61,9 @@ def test_parse_errors_are_one_clear_line(line: str, message: str) -> None:
 
 
 def test_construction_errors() -> None:
-    with pytest.raises(ValueError, match="sink must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="sink must be a whole number, 0 or more, got -1"):
         CacheConfig(sink=-1)
-    with pytest.raises(ValueError, match="recent must be 0 or more, got -2"):
+    with pytest.raises(ValueError, match="recent must be a whole number, 0 or more, got -2"):
         CacheConfig(recent=-2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldsim.cache.camera import Pose
+from worldsim.cache.policy import Pose
 from worldsim.models.transformer import Conditioning
 from worldsim.models.view import ContextView
 from worldsim.schedule import CLEAN, Cell

@@ -7,6 +7,7 @@ step), so this is everything.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldsim.cache.camera import Pose
 from worldsim.cache.context import Context, Event
+from worldsim.cache.policy import Pose
 from worldsim.config import Settings
 from worldsim.controls import IDLE, Keys
 from worldsim.memory import MemoryReport, latents_kept
@@ -134,8 +135,8 @@ class Session:
         """Make the next block's latents. The block before is committed first, the new one later:
         nobody waits for a context pass who wants to see a picture.
         """
-        timings: dict[str, float] = {}
-        with part("commit", max(0, self.block - 1), timings):
+        timings = {"commit": 0.0}
+        with part("commit", self.block - 1, timings) if self.block else nullcontext():
             self.settle()
             self._heed_prompt()
         frames = self.world.config.block_frames
