@@ -134,6 +134,10 @@ def reconstructed(world: World, pictures: Tensor) -> Tensor:
 
 
 # --- the simulator, whole or spoilt ---------------------------------------------------------------
+def unchanged(pictures: Pictures) -> Pictures:
+    return pictures
+
+
 @dataclass(frozen=True)
 class Fault:
     """One known fault of a simulated stream.
@@ -145,7 +149,7 @@ class Fault:
         elsewhere: it goes on in another map.
     """
 
-    pictures: Callable[[Pictures], Pictures] = lambda pictures: pictures
+    pictures: Callable[[Pictures], Pictures] = unchanged
     keys: Mapping[str, str] = field(default_factory=dict)
     still: bool = False
     elsewhere: bool = False

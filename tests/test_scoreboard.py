@@ -103,7 +103,8 @@ def test_each_score_sees_its_faults_and_them_alone(board: Board, score_name: str
 
 def test_two_runs_agree_on_any_number_of_processes(material: Material) -> None:
     few = replace(material, rows={"forks": material.rows["forks"][:2], "returning": [0, 1]})
-    one, two = (score(Simulated, few, processes, lambda: None) for processes in (1, 2))
+    truth = partial(Simulated, FAULTS["truth"])
+    one, two = (score(truth, few, processes, lambda: None) for processes in (1, 2))
     assert set(one) == set(two)
     assert all(np.array_equal(one[key], two[key]) for key in one)
 
