@@ -78,7 +78,8 @@ class CacheConfig:
             raise ValueError("cache: a participative mid is stored in full: leave its format out")
         if self.form in BANKED and self.formats[2] not in (FULL, self.formats[1]):
             raise ValueError(
-                f"cache: a page is quantised once, so mid must be {self.formats[2]} as recent is"
+                f"cache: a page is quantised once, so mid must be {self.formats[2]} as recent is: "
+                f"write mid={self.mid}:{self.form}:{self.formats[2]}"
             )
 
     @property

@@ -105,11 +105,15 @@ class PagePool:
         """Promise pages to a session, allocating one slab for what is missing of each kind.
 
         A session keeps to its promise, so that nothing is allocated while it runs.
+
+        Raises:
+            ValueError: where there is no memory for them.
         """
         with self._lock:
             for kind, pages in needs.items():
+                self._grow(kind, self._promised[kind] + pages - self._made[kind])
+            for kind, pages in needs.items():
                 self._promised[kind] += pages
-                self._grow(kind, self._promised[kind] - self._made[kind])
 
     def give_back(self, needs: Needs) -> None:
         """End a promise of `reserve`; the memory stays for the next session."""
@@ -214,10 +218,16 @@ class PagePool:
         if missing <= 0:
             return
         # Zeros, not empty: the memory is touched now, so a stream's resident size is flat at once.
-        slabs = [
-            torch.zeros(size, dtype=dtype, device=self.device)
-            for size, dtype in self._tensors(kind, missing)
-        ]
+        try:
+            slabs = [
+                torch.zeros(size, dtype=dtype, device=self.device)
+                for size, dtype in self._tensors(kind, missing)
+            ]
+        except RuntimeError:  # what torch raises where memory ends
+            gib = missing * self.page_nbytes(kind) / 2**30
+            raise ValueError(
+                f"cache: no memory for {missing} pages ({gib:.1f} GiB): keep fewer latent frames"
+            ) from None
         self._slabs += slabs
         self._made[kind] += missing
         places = slabs.pop() if kind.placed else None

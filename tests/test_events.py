@@ -368,3 +368,30 @@ def test_a_script_cuts_where_it_says(world: World) -> None:
     assert same[:4] == [True] * 4 and not any(same[4:])
     first = list(islice(world.stream("night[1s#] | red brick[1s]", SCRIPT, blocks=3), 3))
     assert len(first) == 3, "the first scene begins anyway"
+
+
+def test_a_closed_session_says_so(world: World) -> None:
+    session = world.session()
+    played(session, 2)
+    session.close()
+    for act in (session.step, session.flush, session.fork):
+        with pytest.raises(ValueError, match="this session is closed"):
+            act()
+    session.close()  # twice is fine
+
+
+def test_a_cache_that_does_not_fit_is_told(world: World) -> None:
+    before = world.pool.nbytes
+    with pytest.raises(ValueError, match=r"cache: no memory for .* pages .* GiB.: keep fewer"):
+        world.session(cache="recent=9999999999")
+    assert world.pool.nbytes == before
+    with world.session(cache="recent=3") as session:
+        played(session, 5)
+
+
+def test_a_letter_is_no_key_code(world: World) -> None:
+    with (
+        world.session() as session,
+        pytest.raises(ValueError, match="unknown key 'W'; write 'KeyW'"),
+    ):
+        session.control(buttons={"W"})

@@ -94,7 +94,10 @@ class ActionSpec:
         """
         held = frozenset(self.aliases.get(button, button) for button in buttons)
         if unknown := sorted(held - set(self.keys)):
-            raise ValueError(f"unknown key {unknown[0]!r}; this world has {self.legend()}")
+            known = f"this world has {self.legend()}"
+            if unknown[0] in self.letters:
+                known = f"write {self.letters[unknown[0]]!r}, the code of that key"
+            raise ValueError(f"unknown key {unknown[0]!r}; {known}")
         return held
 
     def legend(self) -> str:

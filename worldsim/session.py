@@ -94,6 +94,7 @@ class Session:
         self._needs = self.context.needs(config.block_frames)
         world.pool.reserve(self._needs)
         self.view = ContextView(self.context, config.block_frames, settings.attention)
+        self._closed = False
         self._pending: _Made | None = None  # its context pass has not run yet
         self._prompt_before: str | None = None  # of the newest block
         # What is committed and may be committed anew.
@@ -197,8 +198,10 @@ class Session:
         """Run the context pass of the newest block, if it has not run yet.
 
         Raises:
-            ValueError: if the world was moved or cast since the session began.
+            ValueError: if the session is closed, or the world was moved or cast since it began.
         """
+        if self._closed:
+            raise ValueError("this session is closed: open a new one")
         if self.context.pool is not self.world.pool:
             raise ValueError("the world was moved or cast since this session began: open a new one")
         if self._pending is None:
@@ -292,6 +295,7 @@ class Session:
         self.context.close()
         self.context.pool.give_back(self._needs)
         self._needs.clear()
+        self._closed = True
 
     def __enter__(self) -> "Session":
         return self
