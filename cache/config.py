@@ -1,6 +1,7 @@
 """What a context keeps: one frozen line of configuration."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 POSITIONS = ("absolute", "packed")
 FORMS = ("pool", "participative", "topk", "pose")
@@ -118,26 +119,14 @@ class CacheConfig:
         fields = _fields(line)
         if "window" in fields and "recent" in fields:
             raise ValueError("cache: give recent or window, not both (window = sink+recent+block)")
-        words = {name: fields.get(name, "0").split(":") for name in PARTITIONS}
-        forms = [word for word in words["mid"][1:] if word in FORMS]
-        formats = {name: [w for w in said if w in FORMATS] for name, (_, *said) in words.items()}
-        for name, (_, *said) in words.items():
-            known = (*FORMS, *FORMATS) if name == "mid" else FORMATS
-            for word in said:
-                if word not in known:
-                    raise ValueError(
-                        f"cache: {name} knows no {word!r}; after a ':' comes one of "
-                        f"{', '.join(known)}"
-                    )
-            if len(formats[name]) > 1:
-                raise ValueError(f"cache: {name} has two formats: {' and '.join(formats[name])}")
-        if len(forms) > 1:
-            raise ValueError(f"cache: mid has two forms: {' and '.join(forms)}")
-        form = "".join(forms)
+        sink_said, mid_said, recent_said = (
+            _partition(name, fields.get(name, "0")) for name in PARTITIONS
+        )
+        form = mid_said.form
         if ":" in fields.get("window", ""):
             raise ValueError("cache: a window has no format: write recent=9:int4 instead")
         window = _count("window", fields["window"]) if "window" in fields else None
-        sink = _sink(words["sink"][0], window)
+        sink = _sink(sink_said.frames, window)
         recent: int | None = None
         if window is not None:
             recent = window - sink - block_frames
@@ -146,9 +135,9 @@ class CacheConfig:
                     f"cache: window={window} is too small for sink={sink} and a block of "
                     f"{block_frames}; it needs at least {sink + block_frames}"
                 )
-        elif "recent" in fields and words["recent"][0] != "all":
-            recent = _count("recent", words["recent"][0])
-        mid = _count("mid", words["mid"][0])
+        elif "recent" in fields and recent_said.frames != "all":
+            recent = _count("recent", recent_said.frames)
+        mid = _count("mid", mid_said.frames)
         bank = BANK * mid if form in BANKED else 0
         if "bank" in fields:
             bank = _count("bank", fields["bank"])
@@ -160,11 +149,8 @@ class CacheConfig:
             bank=bank,
             positions=fields.get("positions", "absolute"),
             prompt=fields.get("prompt", "keep"),
-            formats=(
-                "".join(formats["sink"]) or FULL, "".join(formats["mid"]) or FULL,
-                "".join(formats["recent"]) or FULL,
-            ),
-        )  # fmt: skip
+            formats=(sink_said.format, mid_said.format, recent_said.format),
+        )
 
     def line(self) -> str:
         """The one-line form that `parse` reads back."""
@@ -195,6 +181,30 @@ def _fields(line: str) -> dict[str, str]:
             raise ValueError(f"cache: {name} is given twice")
         fields[name] = value
     return fields
+
+
+class _Said(NamedTuple):
+    """What a line says of one partition."""
+
+    frames: str
+    form: str
+    format: str
+
+
+def _partition(name: str, value: str) -> _Said:
+    """Read ``8:topk:int4``; only mid has forms."""
+    frames, *said = value.split(":")
+    known = (*FORMS, *FORMATS) if name == "mid" else FORMATS
+    for word in said:
+        if word not in known:
+            raise ValueError(
+                f"cache: {name} knows no {word!r}; after a ':' comes one of {', '.join(known)}"
+            )
+    forms, formats = ([word for word in said if word in kind] for kind in (FORMS, FORMATS))
+    for what, words in (("formats", formats), ("forms", forms)):
+        if len(words) > 1:
+            raise ValueError(f"cache: {name} has two {what}: {' and '.join(words)}")
+    return _Said(frames, "".join(forms), "".join(formats) or FULL)
 
 
 def _sink(value: str, window: int | None) -> int:

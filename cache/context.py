@@ -104,8 +104,7 @@ class Context:
         self._drop_staged(block, level)
         entries = []
         per_frame = self.pool.shape.tokens
-        pinned = {entry.frame for entry in self.table.sink}
-        room = self.config.sink - len(pinned)
+        room = self.config.sink - len(self.table.sink)
         for i, (frame, pose) in enumerate(zip_longest(frames, poses)):
             format_ = self.config.formats[0 if i < room else 2]
             page = self.pool.acquire(PageKind(per_frame, format_))
@@ -137,7 +136,7 @@ class Context:
         if asked is not None:
             mean = zip(new, asked.unbind(2), strict=True)
             queries = (*before.queries, *((entry.frame, q) for entry, q in mean if entry in kept))
-            after = replace(after, queries=queries[max(0, len(queries) - ASKING) :])
+            after = replace(after, queries=queries[-ASKING:])
         asking = tuple(query for _, query in after.queries)
         after = replace(after, mid=self.form.take(after.mid, left, asking))
         self._release(set(new) - set(after))  # frames that the policy did not take at all

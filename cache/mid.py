@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from worldsim.cache.camera import Camera
 from worldsim.cache.config import POOLED, CacheConfig
-from worldsim.cache.policy import Entries, Entry, Mid, Pose
+from worldsim.cache.policy import Entries, Entry, Mid, Pose, newest
 from worldsim.cache.pool import PageKind, PagePool, PageShape
 
 ASKING = 4  # newest frames whose queries say what is asked for (Deep Forcing's R)
@@ -89,7 +89,7 @@ class Pooled:
         whole = len(frames) - len(frames) % POOLED
         groups = [frames[first : first + POOLED] for first in range(0, whole, POOLED)]
         made = tuple(self._pooled(group) for group in groups[max(0, len(groups) - most) :])
-        return Mid(_newest(mid.bank + made, most), waiting=frames[whole:])
+        return Mid(newest(mid.bank + made, most), waiting=frames[whole:])
 
     def choose(self, mid: Mid, pose: Pose | None) -> Entries:
         return mid.bank
@@ -179,7 +179,37 @@ class Participative:
 
 
 @dataclass(frozen=True)
-class TopK:
+class Banked:
+    """What forms share that choose ``mid`` frames out of a bank of the newest ones."""
+
+    pool: PagePool
+    config: CacheConfig
+
+    def needs(self, block_frames: int) -> dict[PageKind, int]:
+        _, mid, recent = self.config.formats
+        spare = 0 if mid == recent else block_frames
+        return {PageKind(self.pool.shape.tokens, mid): self.config.bank + spare}
+
+    @property
+    def rows(self) -> int:
+        return self.config.mid * self.pool.shape.tokens
+
+    def _banked(self, mid: Mid, left: Entries) -> Entries:
+        """The bank with the frames that left, in its format: quantised now if they were not."""
+        kept = newest(left, self.config.bank)
+        return newest(mid.bank + tuple(map(self._restored, kept)), self.config.bank)
+
+    def _restored(self, entry: Entry) -> Entry:
+        kind = PageKind(self.pool.shape.tokens, self.config.formats[1])
+        if self.pool.kind(entry.page) == kind:
+            return entry
+        page = self.pool.acquire(kind)
+        self.pool.write(page, *self.pool.read((entry.page,)))
+        return replace(entry, page=page)
+
+
+@dataclass(frozen=True)
+class TopK(Banked):
     """The frames of a bank whose keys the newest frames' queries like best (PackForcing).
 
     Its score is a mean of q·k over queries, keys and heads, and so the product of the means: all
@@ -187,17 +217,9 @@ class TopK:
     read the same frames. It changes only at a commit, so it is the same for a whole block.
     """
 
-    pool: PagePool
-    config: CacheConfig
-
-    def needs(self, block_frames: int) -> dict[PageKind, int]:
-        return _bank_needs(self.pool.shape, self.config, block_frames)
-
     def take(self, mid: Mid, left: Entries, queries: Sequence[Tensor]) -> Mid:
-        kept = _newest(left, self.config.bank)
-        summed = tuple(replace(entry, summary=self._mean_key(entry)) for entry in kept)
-        banked = tuple(_restored(entry, self.pool, self.config) for entry in summed)
-        bank = _newest(mid.bank + banked, self.config.bank)
+        summed = tuple(replace(entry, summary=self._mean_key(entry)) for entry in left)
+        bank = self._banked(mid, summed)
         if not queries or not bank:
             return Mid(bank)
         asked = torch.stack(list(queries)).float().mean(0)
@@ -209,10 +231,6 @@ class TopK:
         return mid.chosen
 
     @property
-    def rows(self) -> int:
-        return self.config.mid * self.pool.shape.tokens
-
-    @property
     def nbytes(self) -> int:
         # A mean key for each page of the bank, those of a block that can be taken back included.
         return _query_bytes(self.pool.shape, ASKING + self.config.bank + self.config.mid)
@@ -222,20 +240,13 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class Posed:
+class Posed(Banked):
     """The frames of a bank that share most of what a camera at the coming pose sees."""
 
-    pool: PagePool
-    config: CacheConfig
     camera: Camera
 
-    def needs(self, block_frames: int) -> dict[PageKind, int]:
-        return _bank_needs(self.pool.shape, self.config, block_frames)
-
     def take(self, mid: Mid, left: Entries, queries: Sequence[Tensor]) -> Mid:
-        kept = _newest(left, self.config.bank)
-        banked = tuple(_restored(entry, self.pool, self.config) for entry in kept)
-        return Mid(_newest(mid.bank + banked, self.config.bank))
+        return Mid(self._banked(mid, left))
 
     def choose(self, mid: Mid, pose: Pose | None) -> Entries:
         known = tuple(entry for entry in mid.bank if entry.pose is not None)
@@ -243,10 +254,6 @@ class Posed:
             return ()
         score = self.camera.overlap(pose, [entry.pose for entry in known if entry.pose is not None])
         return _best(known, score.tolist(), self.config.mid)
-
-    @property
-    def rows(self) -> int:
-        return self.config.mid * self.pool.shape.tokens
 
     nbytes = 0
 
@@ -280,28 +287,9 @@ def pooled_grid(shape: PageShape) -> tuple[int, int]:
     return ceil(height / POOLED), ceil(width / POOLED)
 
 
-def _bank_needs(shape: PageShape, config: CacheConfig, block_frames: int) -> dict[PageKind, int]:
-    _, mid, recent = config.formats
-    return {PageKind(shape.tokens, mid): config.bank + (0 if mid == recent else block_frames)}
-
-
 def _query_bytes(shape: PageShape, count: int = ASKING) -> int:
     """Of so many float32 means over the tokens of a frame."""
     return 4 * count * shape.layers * shape.heads * shape.head_dim
-
-
-def _restored(entry: Entry, pool: PagePool, config: CacheConfig) -> Entry:
-    """The entry in the format of the bank: quantised now if it was not before."""
-    kind = PageKind(pool.shape.tokens, config.formats[1])
-    if pool.kind(entry.page) == kind:
-        return entry
-    page = pool.acquire(kind)
-    pool.write(page, pool.keys(entry.page), pool.values(entry.page))
-    return replace(entry, page=page)
-
-
-def _newest(entries: Entries, most: int) -> Entries:
-    return entries[max(0, len(entries) - most) :]
 
 
 def _best(entries: Entries, score: list[float], most: int) -> Entries:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # host metadata carries two small tensors along, and looks in
 
 CUT = 27  # latent frames: ∞-RoPE puts the block after a cut, 18…20 of its window, at 45…47
 
-
 Pose = tuple[float, float, float]  # x, y, heading
 
 
@@ -128,8 +127,13 @@ def admit(table: Table, new: Entries, config: CacheConfig) -> tuple[Table, Entri
 
 def flushed(table: Table, keep: int) -> Table:
     """Only the sink and the ``keep`` newest frames (KV flush, ∞-RoPE)."""
-    newest = sorted(table.recent, key=lambda entry: entry.frame)
-    return replace(table, recent=tuple(newest[len(newest) - min(keep, len(newest)) :]), mid=Mid())
+    in_time = tuple(sorted(table.recent, key=lambda entry: entry.frame))
+    return replace(table, recent=newest(in_time, keep), mid=Mid())
+
+
+def newest(entries: Entries, most: int) -> Entries:
+    """The last of some entries that are in the order of time; ``most`` may be 0."""
+    return entries[max(0, len(entries) - most) :]
 
 
 def reopened(table: Table) -> Table:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldsim.maze.layout import SIZE
+from worldsim.maze.layout import short_way
 from worldsim.maze.simulator import PICTURES_PER_LATENT, SPEED, TURN, maps, render, trajectory
 from worldsim.maze.themes import ALL_THEMES
 from worldsim.maze.truth import held_out
@@ -85,7 +85,7 @@ def labels(poses: Tensor) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
 
     It is what happened, not what was held: walls stop a player."""
     step = poses.double().diff(dim=-2)
-    x, y = ((step[..., axis] + SIZE / 2) % SIZE - SIZE / 2 for axis in (0, 1))  # round the torus
+    x, y = (short_way(step[..., axis]) for axis in (0, 1))
     turn = (step[..., 2] + math.pi) % (2 * math.pi) - math.pi
     heading = poses[..., 1:, 2].double()  # a player turns first, then moves
     ahead = x * heading.cos() + y * heading.sin()

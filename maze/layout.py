@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,14 @@ from worldsim.maze.themes import EMBLEM_COLOURS, EMBLEM_SHAPES
 
 SIZE = 16  # cells along a side of a map
 WAYS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # by quarter turns to the right from +x
+
+
+Apart = TypeVar("Apart", torch.Tensor, NDArray[np.float64])
+
+
+def short_way(apart: Apart, size: int = SIZE) -> Apart:
+    """Differences of places on the torus, the short way round: -size/2…size/2."""
+    return (apart + size / 2) % size - size / 2
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worldsim.controls import Keys
-from worldsim.maze.layout import SIZE
+from worldsim.maze.layout import short_way
 from worldsim.maze.simulator import (
     KEYS,
     PICTURES_PER_LATENT,
@@ -98,8 +98,7 @@ class Truth:
         for keys in tried:
             held = torch.tensor([key in keys for key in KEYS]).expand(len(start), 1 + latents, -1)
             way = trajectory(mazes, start, held)[..., :2].double().diff(dim=1)
-            way = (way + SIZE / 2) % SIZE - SIZE / 2  # round the torus
-            far.append(way.sum(1).norm(dim=-1))
+            far.append(short_way(way).sum(1).norm(dim=-1))
         return torch.stack(far).amin(0).numpy()
 
     def in_theme(self, row: int) -> "Truth":
