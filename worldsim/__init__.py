@@ -3,6 +3,7 @@
 The public names load on first use, so that importing one small module never pulls in the rest.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ _HOME = {
 }
 
 __all__ = ["Block", "Session", "World"]
+
+# One seed, one result, on any number of threads: on Intel's processors MKL would else share out the
+# terms of a product's sums among its threads. It reads this at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def __getattr__(name: str) -> Any:
