@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-MOST_REMEMBERED = 4  # frames
+from worldsim.maze.layout import short_way
+
+REMEMBERED = 3  # at most one in so many frames of a returning clip
 FROM_START = 0.3  # share of plain stretches that begin with the first picture of a walk
 SINK = 0.6  # share of returning clips that remember the first frames of their walk
 NEAR, TURNED = 0.7, 0.6  # cells and radians over which two views stop being of the same thing
@@ -49,10 +51,10 @@ class Clips:
         self.frames = frames
         self.returning = returning
         self.switching = switching
-        self._most = max(1, min(MOST_REMEMBERED, frames // 3))
+        self._most = max(1, frames // REMEMBERED)
         self._alike = alike(poses.numpy(), cells)
         self._length = poses.shape[1]
-        self._starts = self._weights(self._to_start())
+        self._chances = self._weights(self._to_start()).cumsum()
         self._changed = (themes.numpy()[:, 1:] != themes.numpy()[:, :-1]).any(-1)  # [B, N - 1]
 
     def draw(self, random: np.random.Generator) -> Clip:
@@ -79,7 +81,8 @@ class Clips:
     def _returning(self, random: np.random.Generator) -> Clip:
         remembered = int(random.integers(1, self._most + 1))
         run = self.frames - remembered
-        chosen = int(random.choice(self._starts.size, p=self._starts.ravel()))
+        # What `random.choice` does with weights, with their sums made once.
+        chosen = int(self._chances.searchsorted(random.random() * self._chances[-1], "right"))
         row, last = divmod(chosen, self._length)
         back = int(random.integers(0, min(4, run)))  # the view returns up to so long before the end
         last = min(last + back, self._length - 1)
@@ -94,7 +97,7 @@ class Clips:
 
     def _to_start(self) -> NDArray[np.float64]:
         """How alike each frame's view is to one of the first, ``[B, N]``."""
-        return self._alike[:, :, :MOST_REMEMBERED].max(-1)
+        return self._alike[:, :, : self._most].max(-1)
 
     def _weights(self, score: NDArray[np.float64]) -> NDArray[np.float64]:
         weights = score + 0.01
@@ -108,6 +111,6 @@ def alike(poses: NDArray[np.float32], cells: int) -> NDArray[np.float64]:
     The field-of-view rule of Matrix-Game 3.0 in its simplest form: near and alike in heading.
     """
     apart = poses[:, :, None, :].astype(np.float64) - poses[:, None, :, :]
-    place = (apart[..., :2] + cells / 2) % cells - cells / 2
+    place = short_way(apart[..., :2], cells)
     heading = (apart[..., 2] + np.pi) % (2 * np.pi) - np.pi
     return np.exp(-np.square(place).sum(-1) / NEAR**2 - np.square(heading / TURNED))

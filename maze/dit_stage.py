@@ -178,8 +178,9 @@ def encode_walks(
     rows, frames = walks.themes.shape[:2]
     latents = []
     with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16):
-        for row in range(0, rows, 4):
-            pictures = walks.pictures(0, frames, recipe.size, slice(row, row + 4))
+        at_once = 4 if device == "cpu" else 32
+        for row in range(0, rows, at_once):
+            pictures = walks.pictures(0, frames, recipe.size, slice(row, row + at_once))
             z = autoencoder.normalised(autoencoder.encode_clip(from_pictures(pictures)))
             latents.append(z.transpose(1, 2).half())
     held = walks.keys.cpu().numpy()

@@ -68,9 +68,11 @@ class Average:
 
     def update(self, module: nn.Module, step: int) -> None:
         keep = min(self.decay, (1 + step) / (10 + step))
+        parameters = dict(module.named_parameters())
         with torch.no_grad():
-            for name, p in module.named_parameters():
-                self.values[name].lerp_(p, 1 - keep)
+            torch._foreach_lerp_(
+                [self.values[name] for name in parameters], list(parameters.values()), 1 - keep
+            )
 
     def copy_to(self, module: nn.Module) -> None:
         with torch.no_grad():

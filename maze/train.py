@@ -121,7 +121,12 @@ def _dit(
     assert dit.ray_embedder is not None, "the maze has a camera"
     for part in (dit.proj_out, dit.ray_embedder):
         nn.init.zeros_(part.weight)
-    dit.set_attention_backend(MATMUL if rank.device == "cpu" else NATIVE)
+    if rank.device == "cpu":
+        dit.set_attention_backend(MATMUL)
+    else:
+        # A GPU waits for Python here, not the other way round: one graph serves every layer.
+        for layer in dit.layers:
+            layer.compile(dynamic=False)
     batch = clip_batches(recipe, rank, autoencoder, words)
     fit("dit", FlowMatching(dit, words), batch, recipe.dit, folder, rank)
     return dit, words

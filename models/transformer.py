@@ -11,7 +11,7 @@ D = heads · head_dim, T text rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -47,6 +47,17 @@ class Conditioning:
     prompt: Tensor | None = None
     actions: Tensor | None = None
     rays: Tensor | None = None
+
+    def text(self, layer: int) -> "Text":
+        return Text(self.text_keys[layer], self.text_values[layer], self.prompt)
+
+
+class Text(NamedTuple):
+    """What one layer reads of the prompts; see `Conditioning`."""
+
+    keys: Tensor
+    values: Tensor
+    prompt: Tensor | None
 
 
 class RMSNorm(nn.Module):
@@ -150,7 +161,7 @@ class ConditionEmbedder(nn.Module):
         sinusoid = time_sinusoid(timestep.flatten(), self.freq_dim)
         given = None if actions is None else actions.flatten(0, 1)
         # Training has no bits to keep: one product for all rows.
-        size = rows * frames if torch.is_grad_enabled() else FIXED_ROWS
+        size = rows * frames if self.training else FIXED_ROWS
         embedding, modulation = [], []
         for chunk in range(0, rows * frames, size):
             part = slice(chunk, chunk + size)
@@ -191,9 +202,8 @@ class Layer(nn.Module):
         return queries, self.attn1.keys(y), self.attn1.values(y)
 
     def forward(
-        self, x: Tensor, m: Tensor, index: int, conditioning: Conditioning, context: Attends,
-        stage: bool,
-    ) -> Tensor:  # fmt: skip
+        self, x: Tensor, m: Tensor, index: int, text: Text, context: Attends, stage: bool
+    ) -> Tensor:
         """``x [R, N, D]``, ``m [R, F, 6, D]`` → ``[R, N, D]``."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(m)
         y = modulated_norm(x, shift1, scale1, self.eps)
@@ -202,18 +212,18 @@ class Layer(nn.Module):
             context.stage(index, q if context.asks else None, k, v)
         y = self.attn1.out(context.attend(index, q, k, v))
         x = x + gated(y, gate1)
-        x = x + self.read_text(self.norm2(x), index, conditioning, frames=m.shape[1])
+        x = x + self.read_text(self.norm2(x), text, frames=m.shape[1])
         y = self.ffn(modulated_norm(x, shift2, scale2, self.eps))
         return x + gated(y, gate2)
 
-    def read_text(self, y: Tensor, index: int, conditioning: Conditioning, frames: int) -> Tensor:
+    def read_text(self, y: Tensor, text: Text, frames: int) -> Tensor:
         q = self.attn2.queries(y)
-        k, v = conditioning.text_keys[index], conditioning.text_values[index]
-        if conditioning.prompt is None:
+        k, v, prompt = text
+        if prompt is None:
             return self.attn2.out(attention(q, k, v, backend=self.attn2.backend))
         # Frames with prompts of their own are rows of their own.
         rows = q.shape[0]
-        which = conditioning.prompt.flatten()
+        which = prompt.flatten()
         q = rearrange(q, "r h (f s) d -> (r f) h s d", f=frames)
         y = attention(q, k[which], v[which], backend=self.attn2.backend)
         return self.attn2.out(rearrange(y, "(r f) h s d -> r h (f s) d", r=rows))
@@ -334,7 +344,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         """
         x, e, m, context = self._embed(latents, timestep, conditioning, contexts)
         for index, layer in enumerate(self.layers):
-            x = layer(x, m, index, conditioning, context, stage=False)
+            x = layer(x, m, index, conditioning.text(index), context, stage=False)
         shift, scale = (self.scale_shift_table + e[:, :, None]).unbind(2)
         x = self.proj_out(modulated_norm(x, shift, scale, self.config.eps))
         return self._unpatchify(x, latents)
@@ -355,7 +365,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             if index < last:
-                x = layer(x, m, index, conditioning, context, stage=True)
+                x = layer(x, m, index, conditioning.text(index), context, stage=True)
             else:
                 context.stage(index, *layer.projected(x, m, context.asks))
 
@@ -379,7 +389,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         height, _ = self.grid(*latents.shape[-2:])
         rows = rays.to(self.ray_embedder.weight.dtype).flatten(0, 2)
         # As for levels: training has no bits to keep, and one chunk for all rows is faster.
-        size = len(rows) if torch.is_grad_enabled() else FIXED_ROWS
+        size = len(rows) if self.training else FIXED_ROWS
         padded = F.pad(rows, (0, 0, 0, -len(rows) % size))
         told = torch.cat([self.ray_embedder(chunk) for chunk in padded.split(size)])[: len(rows)]
         columns = told.unflatten(0, rays.shape[:3])

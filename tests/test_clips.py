@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from worldsim.maze.clips import MOST_REMEMBERED, Clips, alike
+from worldsim.maze.clips import REMEMBERED, Clips, alike
 
 FRAMES, LENGTH, SIDE = 8, 60, 16
 
@@ -34,7 +34,7 @@ def test_a_returning_clip_ends_where_it_shows_what_is_remembered() -> None:
     drawn = [clip for clip in (clips.draw(random) for _ in range(200)) if clip.remembered]
     assert len(drawn) > 80
     for clip in drawn:
-        assert clip.remembered <= MOST_REMEMBERED and len(clip.frames) == FRAMES
+        assert clip.remembered <= FRAMES // REMEMBERED and len(clip.frames) == FRAMES
         assert (np.diff(clip.frames) > 0).all(), "frames come in the order of time, each once"
         assert (np.diff(clip.frames[clip.remembered :]) == 1).all()
     late = [clip.frames[-1] > LENGTH - 12 for clip in drawn]
