@@ -6,8 +6,9 @@ from dataclasses import replace
 from worldsim.apps.setting import Setting
 
 PLAIN = "recent=11"  # what a plain window of the same length is: nothing but the newest frames
-CACHES = (  # each reads eleven latent frames, or as many tokens as those have
+CACHES = (  # each reads eleven latent frames, or as many tokens as those have; but the second
     PLAIN,
+    "sink=3,recent=4,positions=packed",
     "sink=3,recent=8",
     "sink=3,recent=8,positions=packed",
     "window=12,sink=50%",

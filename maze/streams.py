@@ -18,7 +18,7 @@ from worldsim.controls import IDLE, Keys
 from worldsim.maze.simulator import KEYS, MazeMaps, render, trajectory
 from worldsim.maze.themes import Theme
 from worldsim.maze.truth import FIRST, Truth
-from worldsim.models.autoencoder import from_pictures, to_pictures
+from worldsim.models.autoencoder import to_pictures
 from worldsim.session import Session
 from worldsim.world import World
 
@@ -100,7 +100,7 @@ class Played:
 
     def _given(self, truth: Truth, row: int, seed: int) -> PlayedStream:
         session = self.open_session(truth.prompt(row), seed)
-        given = encoded(session.world, truth.pictures(row, 0, FIRST)).split(1, dim=2)
+        given = session.world.encoded(truth.pictures(row, 0, FIRST)).split(1, dim=2)
         for keys, latents in zip(truth.track(row), given, strict=False):
             session.decode(session.give(latents, [keys]))
         return PlayedStream(session)
@@ -120,16 +120,10 @@ class Played:
 
 
 @torch.inference_mode()
-def encoded(world: World, pictures: Tensor) -> Tensor:
-    """Latents ``[1, C, T, h, w]`` of a clip that begins a stream."""
-    source = from_pictures(pictures[None]).to(world.device, world.dtype)
-    return world.autoencoder.encode(source)[0].float()
-
-
-@torch.inference_mode()
 def reconstructed(world: World, pictures: Tensor) -> Tensor:
     """A clip through the autoencoder and back: the ceiling of everything that the DiT can make."""
-    latents = encoded(world, pictures).to(world.dtype)
+    assert world.autoencoder is not None, "a maze shows pictures"
+    latents = world.encoded(pictures).to(world.dtype)
     return to_pictures(world.autoencoder.decode(latents)[0]).cpu()
 
 

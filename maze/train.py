@@ -82,6 +82,7 @@ def world_config(recipe: Recipe) -> WorldConfig:
 def _autoencoder(recipe: Recipe, folder: Path, rank: Rank) -> CausalAutoencoder:
     if recipe.autoencoder is None:
         borrowed = World.from_pretrained("maze", torch.float32).autoencoder
+        assert isinstance(borrowed, CausalAutoencoder), "the bundled worlds have one of ours"
         return borrowed.to(rank.device)
     torch.manual_seed(recipe.seed)
     autoencoder = CausalAutoencoder(widths=recipe.widths, depths=(2, 2, 1))

@@ -10,6 +10,7 @@ C latent channels.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,9 +22,32 @@ from torch.nn import functional as F
 GROUP = 4  # pictures in a latent frame
 SPACE = 8  # pixels to a latent pixel, along each side
 
-# What a stream remembers: each memory block's input at the newest latent frame, [B, 1, c, h, w].
-# None is the beginning of a stream.
-Carry = tuple[Tensor, ...] | None
+# What a stream remembers, here each memory block's input at the newest latent frame,
+# [B, 1, c, h, w]. None is the beginning of a stream.
+Carry = tuple[Any, ...] | None
+
+
+class Decoder(Protocol):
+    """Anything that turns latents into pictures as a stream; see `CausalAutoencoder`'s methods.
+
+    Attributes:
+        latent_channels: channels of a latent frame.
+    """
+
+    latent_channels: int
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]: ...
+
+    def carry_nbytes(self, height: int, width: int) -> int: ...
+
+    def decode(self, latents: Tensor, carry: Carry = None) -> tuple[Tensor, Carry]: ...
+
+
+@runtime_checkable
+class Autoencoder(Decoder, Protocol):
+    """A decoder that can also read pictures."""
+
+    def encode(self, pictures: Tensor, carry: Carry = None) -> tuple[Tensor, Carry]: ...
 
 
 class MemoryBlock(nn.Module):
@@ -73,6 +97,7 @@ class CausalAutoencoder(ModelMixin, ConfigMixin):
         latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        self.latent_channels = latent_channels
         deep, middle, fine = widths
         pixels = 3 * GROUP * 4  # a group of pictures, 2×2 pixels folded into channels
         self.encoder = nn.ModuleList([

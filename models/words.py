@@ -5,8 +5,10 @@ the length that the world sets (padding is attended, so the length is part of th
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -14,6 +16,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 PADDING = 0
+
+
+class TextEncoder(Protocol):
+    """Anything that turns a prompt into rows ``[1, length, text_dim]``, padded: padding is
+    attended, so the length is part of the result."""
+
+    length: int
+    text_dim: int
+
+    def encode(self, prompt: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class WordEncoder(ModelMixin, ConfigMixin):
         self._row = {word: 1 + self.words.index(canon) for word, canon in meant.items()}
         self._ignored = frozenset(ignored)
         self.length = length
+        self.text_dim = text_dim
         self.embedding = nn.Embedding(1 + len(self.words), text_dim)
 
     def read(self, prompt: str) -> Reading:
@@ -82,6 +95,18 @@ class WordEncoder(ModelMixin, ConfigMixin):
         """Padded row numbers, int64 ``[length]``."""
         rows = self.read(prompt).rows
         return torch.tensor(rows + (PADDING,) * (self.length - len(rows)))
+
+    def encode(self, prompt: str) -> Tensor:
+        """Rows of a prompt, ``[1, length, text_dim]``; warns of words that nobody knows.
+
+        Raises:
+            ValueError: if the prompt has words, but none that is known.
+        """
+        if unknown := self.read(prompt).unknown:
+            warnings.warn(
+                f"passed over {', '.join(unknown)}; this world knows {self.known()}", stacklevel=3
+            )
+        return self(self.ids(prompt)[None].to(self.embedding.weight.device))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Row numbers ``[..., T]`` → rows ``[..., T, text_dim]``."""

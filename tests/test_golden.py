@@ -53,10 +53,10 @@ def rollout(
         for block in range(blocks):
             view.prepare(3 * block, 3)
             x0 = denoise(
-                model, schedule.cells(block), conditioning, view, noise, (1, 16, 3, 8, 12),
+                model, schedule.cells(block), conditioning, [view], noise, (1, 16, 3, 8, 12),
                 torch.device("cpu"),
             )  # fmt: skip
-            commit(model.commit, schedule.commit_cell(block), x0, conditioning, view, 3 * block)
+            commit(model.commit, schedule.commit_cell(block), x0, conditioning, [view], 3 * block)
             done.append(x0)
     return torch.cat(done, dim=2)
 

@@ -94,7 +94,7 @@ class Clip:
     def commit(self, view: ContextView, block: int) -> None:
         cell = Schedule.uniform(4, 3.0).commit_cell(block)
         clean = self.clean[:, :, self.frames(block)]
-        commit(self.model.commit, cell, clean, self.conditioning(block), view, self.starts[block])
+        commit(self.model.commit, cell, clean, self.conditioning(block), [view], self.starts[block])
 
     def commit_after_prepare(self, view: ContextView, block: int) -> None:
         view.prepare(self.starts[block], self.sizes[block])

@@ -8,10 +8,11 @@ from typing import Any
 
 from worldsim.cache.config import CacheConfig
 from worldsim.controls import ActionSpec, Motion
+from worldsim.samplers import SAMPLERS
 from worldsim.schedule import Schedule
 
 FILE = "world.json"
-SAMPLERS = ("renoise", "euler")
+UNGUIDED = 1.0  # guidance that guides nowhere: one row is enough
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,18 @@ class WorldConfig:
         height, width: size of a picture in pixels.
         fps: pictures per second at which it was made.
         block_frames: latent frames of a block.
-        steps: denoising steps of a block.
+        steps: denoising steps of a block: how many equal ones, or which.
         shift: timestep shift of the noise levels.
-        sampler: ``renoise`` or ``euler``, see `worldsim.rollout.denoise`.
+        grid: what a step means, see `Schedule`; ``unipc`` always takes ``solver``.
+        sampler: ``renoise``, ``euler`` or ``unipc``, see `worldsim.samplers`.
         context_timestep: timestep of the context pass.
         cache: one line, see `CacheConfig.parse`.
         actions: its controls, or None.
         prompt, controls: what it shows when nothing is asked for; the script is repeated.
+        guidance: how far to go from the negative prompt to the prompt; 1 needs no negative one.
+        negative_prompt: what guidance leads away from.
+        independent_first_frame: the first latent frame is a block of its own.
+        text_length: rows of an encoded prompt, where the text encoder does not say.
     """
 
     name: str
@@ -37,14 +43,19 @@ class WorldConfig:
     width: int
     fps: float = 16.0
     block_frames: int = 1
-    steps: int = 4
+    steps: int | tuple[int, ...] = 4
     shift: float = 3.0
+    grid: str = "warped"
     sampler: str = "renoise"
     context_timestep: float = 0.0
     cache: str = "recent=all"
     actions: ActionSpec | None = None
     prompt: str = ""
     controls: str = ""
+    guidance: float = UNGUIDED
+    negative_prompt: str = ""
+    independent_first_frame: bool = False
+    text_length: int = 512
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "block_frames"):
@@ -59,10 +70,13 @@ class WorldConfig:
         self.schedule()
         self.cache_config()
 
-    def schedule(self, steps: int | None = None) -> Schedule:
-        """The world's schedule, or the same with another number of steps."""
-        count = self.steps if steps is None else steps
-        return Schedule.uniform(count, self.shift, self.context_timestep)
+    def schedule(self, steps: int | None = None, sampler: str | None = None) -> Schedule:
+        """The world's schedule, or the same with another number of steps or for a sampler."""
+        wanted = self.steps if steps is None else steps
+        grid = "solver" if (sampler or self.sampler) == "unipc" else self.grid
+        if isinstance(wanted, tuple):
+            return Schedule(wanted, self.shift, self.context_timestep, grid=grid)
+        return Schedule.uniform(wanted, self.shift, self.context_timestep, grid)
 
     def sampling(self, steps: int | None, line: str | None) -> tuple[Schedule, str]:
         """A session's schedule and sampler.
@@ -84,10 +98,12 @@ class WorldConfig:
                 "as in 'renoise:1000,750,500,250'"
             )
         if not colon:
-            return self.schedule(steps), sampler
+            return self.schedule(steps, sampler), sampler
         if steps is not None:
             raise ValueError(f"schedule: {line!r} lists its steps; leave out the number of steps")
-        return Schedule.listed(listed, self.shift, self.context_timestep), sampler
+        if sampler == "unipc":
+            raise ValueError("schedule: unipc makes its own step list: give the number of steps")
+        return Schedule.listed(listed, self.shift, self.context_timestep, self.grid), sampler
 
     def cache_config(self, line: str | None = None) -> CacheConfig:
         """The world's cache, or the one that ``line`` describes."""
@@ -113,8 +129,11 @@ class WorldConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "WorldConfig":
-        actions = data.get("actions")
-        return cls(**{**data, "actions": None if actions is None else _actions(actions)})
+        actions, steps = data.get("actions"), data.get("steps")
+        read: dict[str, Any] = {"actions": None if actions is None else _actions(actions)}
+        if isinstance(steps, list):
+            read["steps"] = tuple(steps)
+        return cls(**{**data, **read})
 
 
 @dataclass(frozen=True)
@@ -125,9 +144,10 @@ class Settings:
         seed: names the noise, 0…2⁶⁴-1.
         schedule: when and at which levels blocks are denoised.
         cache: what the context keeps.
-        sampler: see `WorldConfig`.
+        sampler, guidance, negative_prompt, independent_first_frame: see `WorldConfig`.
         dtype: in which the models compute.
         attention: the attention kernel.
+        size: height and width of a picture.
     """
 
     seed: int
@@ -136,10 +156,21 @@ class Settings:
     sampler: str
     dtype: str
     attention: str
+    size: tuple[int, int]
+    guidance: float = UNGUIDED
+    negative_prompt: str = ""
+    independent_first_frame: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in 0…2⁶⁴-1, got {self.seed}")
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
+
+    @property
+    def rows(self) -> int:
+        """Contexts of a session: a guided one has a second, under the negative prompt."""
+        return 1 if self.guidance == UNGUIDED else 2
 
 
 def _actions(data: Mapping[str, Any]) -> ActionSpec:

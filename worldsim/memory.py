@@ -59,13 +59,15 @@ def report(
     weights: int,
     carry: int,
     scratch: int | None = None,
+    rows: int = 1,
 ) -> MemoryReport:
     """Of a session with this context, whether it runs yet or not.
 
     Args:
         latent_shape: of a block, ``[1, C, F, h, w]``.
         weights, carry: their bytes.
-        scratch: what the session's view takes; None where it is not made yet.
+        scratch: what one of the session's views takes; None where it is not made yet.
+        rows: contexts of the session, see `Settings.rows`.
     """
     cache, pool, frames = context.config, context.pool, latent_shape[2]
     sink, _, recent = (PageKind(pool.shape.tokens, format_) for format_ in cache.formats)
@@ -75,15 +77,16 @@ def report(
     frame = pool.page_nbytes(recent) + ContextView.bytes_per_frame(context)
     return MemoryReport(
         weights=weights,
-        sink=cache.sink * pool.page_nbytes(sink),
-        mid=sum(n * pool.page_nbytes(kind) for kind, n in context.form.needs(frames).items()),
-        recent=held * pool.page_nbytes(recent),
-        spare=2 * frames * pool.page_nbytes(recent),
-        summaries=context.form.nbytes,
-        scratch=ContextView.bytes_needed(context, frames) if scratch is None else scratch,
+        sink=rows * cache.sink * pool.page_nbytes(sink),
+        mid=rows
+        * sum(n * pool.page_nbytes(kind) for kind, n in context.form.needs(frames).items()),
+        recent=rows * held * pool.page_nbytes(recent),
+        spare=rows * 2 * frames * pool.page_nbytes(recent),
+        summaries=rows * context.form.nbytes,
+        scratch=rows * (ContextView.bytes_needed(context, frames) if scratch is None else scratch),
         carry=carry,
         latents=(1 + (ceil(held / frames) if kept is None else kept)) * block,
-        growth=0 if kept is not None else block + frames * frame,
+        growth=0 if kept is not None else block + rows * frames * frame,
     )
 
 

@@ -4,6 +4,7 @@ Everything here is a function of its arguments; nothing is remembered between ca
 """
 
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from worldsim.cache.policy import Pose
 from worldsim.models.transformer import Conditioning
 from worldsim.models.view import ContextView
+from worldsim.samplers import SAMPLERS
 from worldsim.schedule import CLEAN, Cell
 
 Pass = Callable[..., Any]  # the model's forward or commit, compiled or not
@@ -19,40 +21,75 @@ Noise = Callable[[int, int, tuple[int, ...]], Tensor]  # (block, step, shape) ->
 OnStep = Callable[[Cell, Tensor], None]
 
 
+@dataclass(frozen=True)
+class Known:
+    """Frames of a block that are given, not made: a timestep for each frame (as in PUSA).
+
+    Attributes:
+        frames: which ones, bool ``[F]``.
+        latents: clean, ``[1, C, F, H, W]``; the others' values do not matter.
+        timestep: at which the model is told them.
+    """
+
+    frames: Tensor
+    latents: Tensor
+    timestep: float = 0.0
+
+
 def denoise(
     forward: Pass,
     cells: Iterable[Cell],
     conditioning: Conditioning,
-    view: ContextView,
+    views: Sequence[ContextView],
     noise: Noise,
     shape: tuple[int, ...],
     device: torch.device,
     sampler: str = "renoise",
     on_step: OnStep | None = None,
+    guidance: float = 1.0,
+    known: Known | None = None,
 ) -> Tensor:
     """Run a block's denoise cells; returns its clean latents, float32 ``[1, C, F, H, W]``.
 
-    ``renoise`` (Self-Forcing) goes to the predicted clean latent and adds fresh noise for the next
-    level; ``euler`` follows the predicted flow down to it. ``on_step`` sees each cell and its
-    prediction.
+    Args:
+        views: what the block reads; a second one is that of the negative prompt, whose flow is left
+            behind ``guidance`` times (classifier-free guidance). One row of ``conditioning`` each.
+        sampler: see `worldsim.samplers`.
+        on_step: sees each cell and its prediction.
+        known: frames that are given.
     """
-    x = torch.empty(0)
-    for cell in cells:
+    listed = list(cells)
+    first = listed[0]
+    x = noise(first.block, 0, shape).to(device)
+    steps = SAMPLERS[sampler](listed, lambda step: noise(first.block, step, shape).to(device))
+    for cell in listed:
         assert cell.kind == "denoise" and cell.reads == CLEAN, "this executor reads clean context"
-        if cell.level == 0:
-            x = noise(cell.block, 0, shape).to(device)
-        flow = forward(x, timesteps(cell, x), conditioning, [view])
+        level = timesteps(cell, x)
+        if known is not None:
+            x = torch.where(known.frames[:, None, None], known.latents.to(x), x)
+            level = torch.where(known.frames, known.timestep, level)
+        flow = _guided(forward, x, level, conditioning, views, guidance)
         x0 = clean_from_flow(x, flow, cell.sigma)
         if on_step is not None:
             on_step(cell, x0)
-        if cell.next_sigma == 0.0:
-            return x0
-        if sampler == "euler":
-            x = x + (cell.next_sigma - cell.sigma) * flow.to(x.dtype)
-        else:
-            fresh = noise(cell.block, cell.level + 1, shape).to(device)
-            x = (1 - cell.next_sigma) * x0 + cell.next_sigma * fresh
-    raise AssertionError("a block's last denoise cell must end at sigma 0")
+        x = steps.after(cell, x, flow, x0)
+    return x if known is None else torch.where(known.frames[:, None, None], known.latents.to(x), x)
+
+
+def _guided(
+    forward: Pass,
+    x: Tensor,
+    level: Tensor,
+    conditioning: Conditioning,
+    views: Sequence[ContextView],
+    guidance: float,
+) -> Tensor:
+    rows = len(views)
+    if rows == 1:
+        return forward(x, level, conditioning, views)
+    both = x.expand(rows, *x.shape[1:]), level.expand(rows, -1)
+    wanted, unwanted = forward(*both, conditioning, views).chunk(2)
+    return unwanted + guidance * (wanted - unwanted)
 
 
 def commit(
@@ -60,7 +97,7 @@ def commit(
     cell: Cell,
     latents: Tensor,
     conditioning: Conditioning,
-    view: ContextView,
+    views: Sequence[ContextView],
     start: int,
     poses: Sequence[Pose] = (),
     only: Container[int] | None = None,
@@ -69,11 +106,13 @@ def commit(
 
     ``poses``: at the end of each frame, in worlds that have poses. ``only``: publish these frames.
     """
-    commit_pass(latents, timesteps(cell, latents), conditioning, [view])
+    rows = latents.expand(len(views), *latents.shape[1:])
+    commit_pass(rows, timesteps(cell, rows), conditioning, views)
     count = latents.shape[2]
     frames = range(start, start + count)
-    view.context.stage(cell.block, cell.level, frames, *view.staged(count), poses=poses)
-    view.context.commit(cell.block, cell.level, only)
+    for view in views:
+        view.context.stage(cell.block, cell.level, frames, *view.staged(count), poses=poses)
+        view.context.commit(cell.block, cell.level, only)
 
 
 def timesteps(cell: Cell, latents: Tensor) -> Tensor:

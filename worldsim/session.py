@@ -5,7 +5,7 @@ keys, the dead-reckoned pose and the newest clean latents. Noise is a function o
 step), so this is everything.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from worldsim.cache.context import Context, Event
 from worldsim.cache.policy import Pose
+from worldsim.cache.pool import PageKind
 from worldsim.config import Settings
 from worldsim.controls import IDLE, Keys
 from worldsim.memory import MemoryReport, latents_kept
-from worldsim.models.autoencoder import Carry, CausalAutoencoder, to_pictures
+from worldsim.models.autoencoder import Carry, Decoder, to_pictures
 from worldsim.models.transformer import Conditioning
 from worldsim.models.view import ContextView
 from worldsim.noise import noise
 from worldsim.parts import part
-from worldsim.rollout import OnStep, commit, denoise
+from worldsim.rollout import Known, Noise, OnStep, commit, denoise
 from worldsim.script import Script
 
 if TYPE_CHECKING:
@@ -64,6 +65,26 @@ class Block:
     timings: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked for in words.
+
+    Attributes:
+        prompt: the words; empty where only their embeddings were given.
+        embeds: the text encoder's rows, where they were given instead.
+        keys, values: cross-attention K/V of each layer, ``[rows, heads, T, head_dim]``: a row for
+            each of the session's views.
+    """
+
+    prompt: str
+    embeds: Tensor | None
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def same(self, other: "Asked") -> bool:
+        return self.prompt == other.prompt and self.embeds is other.embeds
+
+
 @dataclass(frozen=True)
 class _Made:
     """A finished block, what it was made under, and the pose at the end of each frame."""
@@ -78,30 +99,64 @@ class Session:
     `denoise` while another decodes the blocks that came before.
     """
 
-    def __init__(self, world: "World", settings: Settings, prompt: str = "") -> None:
-        config = world.config
+    def __init__(
+        self, world: "World", settings: Settings, asked: Asked, noise: Noise | None = None
+    ) -> None:
         self.world = world
         self.settings = settings
         self.block = 0  # number of the next block
         self.frame = 0  # absolute index of its first latent frame
-        self.prompt = prompt
+        self.asked = asked
         self.held: Keys = IDLE
         self.pose = np.zeros(3)
         self.carry: Carry = None
         self.decoded = 0  # number of the next block to decode
-        world.text(prompt)  # a prompt that cannot be read is told now
-        self.context = Context(world.pool, settings.cache, world.actions.camera)
-        self._needs = self.context.needs(config.block_frames)
-        world.pool.reserve(self._needs)
-        self.view = ContextView(self.context, config.block_frames, settings.attention)
+        self.given: list[Block] = []  # its first blocks, where it was given some
+        pool, frames = world.pool_of(settings.size), world.config.block_frames
+        contexts = [
+            Context(pool, settings.cache, world.actions.camera) for _ in range(settings.rows)
+        ]
+        self._needs = sum((context.needs(frames) for context in contexts), Counter[PageKind]())
+        pool.reserve(self._needs)
+        # One for the prompt and, where a negative one guides, one for that.
+        self.views = [ContextView(context, frames, settings.attention) for context in contexts]
+        self._noise = noise
         self._closed = False
         self._pending: _Made | None = None  # its context pass has not run yet
-        self._prompt_before: str | None = None  # of the newest block
+        self._asked_before: Asked | None = None  # of the newest block
         # What is committed and may be committed anew.
-        self._made: deque[_Made] = deque(maxlen=latents_kept(settings.cache, config.block_frames))
+        self._made: deque[_Made] = deque(maxlen=latents_kept(settings.cache, frames))
+
+    @property
+    def prompt(self) -> str:
+        return self.asked.prompt
+
+    @property
+    def view(self) -> ContextView:
+        """What the prompt's passes read."""
+        return self.views[0]
+
+    @property
+    def context(self) -> Context:
+        """What earlier blocks left behind under the prompt."""
+        return self.views[0].context
+
+    @property
+    def block_frames(self) -> int:
+        """Latent frames of the next block."""
+        alone = self.settings.independent_first_frame and self.block == 0
+        return 1 if alone else self.world.config.block_frames
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of the next block, ``[1, C, F, h, w]``."""
+        return self.world.latents_of(self.settings.size, self.block_frames)
 
     def control(
-        self, buttons: Sequence[str] | Keys | None = None, prompt: str | None = None
+        self,
+        buttons: Sequence[str] | Keys | None = None,
+        prompt: str | None = None,
+        prompt_embeds: Tensor | None = None,
     ) -> None:
         """Set what is held or asked for, from the next block on; None leaves it as it is.
 
@@ -110,21 +165,32 @@ class Session:
         """
         if buttons is not None:
             self.held = self.world.actions.resolve(frozenset(buttons))
-        if prompt is not None:
-            self.world.text(prompt)
-            self.prompt = prompt
+        if prompt is not None or prompt_embeds is not None:
+            self.asked = self.world.ask(self.settings, prompt, prompt_embeds)
 
     def follow(self, script: Script) -> list[Keys]:
         """Take over what a script asks for at the next block; returns its held keys."""
-        frames = self.world.config.block_frames
-        self.control(prompt=script.prompt(self.frame))
+        frames = self.block_frames
+        if (prompt := script.prompt(self.frame)) != self.prompt:
+            self.control(prompt=prompt)
         if script.cuts(self.frame, frames):
             self.cut()
         return script.held(self.frame, frames)
 
-    def step(self, keys: Sequence[Keys] | None = None, on_step: OnStep | None = None) -> Block:
-        """Make and decode the next block; ``keys`` gives held keys for each of its frames."""
-        return self.decode(self.denoise(keys, on_step))
+    def step(
+        self,
+        keys: Sequence[Keys] | None = None,
+        on_step: OnStep | None = None,
+        known: Known | None = None,
+    ) -> Block:
+        """Make and decode the next block; ``keys`` gives held keys for each of its frames.
+
+        ``known``: frames of it that are given, and only guide the others (a last picture, say).
+        """
+        block = self.denoise(keys, on_step, known)
+        for given in self.given[self.decoded :]:
+            self.decode(given)  # the decoder remembers what it began with
+        return self.decode(block)
 
     def __iter__(self) -> Iterator[Block]:
         """Blocks for ever."""
@@ -132,7 +198,12 @@ class Session:
             yield self.step()
 
     @torch.inference_mode()
-    def denoise(self, keys: Sequence[Keys] | None = None, on_step: OnStep | None = None) -> Block:
+    def denoise(
+        self,
+        keys: Sequence[Keys] | None = None,
+        on_step: OnStep | None = None,
+        known: Known | None = None,
+    ) -> Block:
         """Make the next block's latents. The block before is committed first, the new one later:
         nobody waits for a context pass who wants to see a picture.
         """
@@ -140,23 +211,25 @@ class Session:
         with part("commit", self.block - 1, timings) if self.block else nullcontext():
             self.settle()
             self._heed_prompt()
-        frames = self.world.config.block_frames
+        frames = self.block_frames
         if keys is None:  # the very first latent frame is a single picture, which nothing moves
             keys = [self.held if self.frame + i else IDLE for i in range(frames)]
         applied = self._applied(keys)
         with part("denoise", self.block, timings):
             conditioning, poses = self._conditioning(applied)
-            self.view.prepare(self.frame, frames, _last(poses))
+            self._prepare(self.frame, frames, poses)
             latents = denoise(
                 self.world.forward,
                 self.settings.schedule.cells(self.block),
                 conditioning,
-                self.view,
-                self._noise,
-                self.world.latent_shape,
+                self.views,
+                self._fresh,
+                self.latent_shape,
                 self.world.device,
                 self.settings.sampler,
                 on_step,
+                self.settings.guidance,
+                known,
             )
         block = Block(self.block, self.frame, latents, applied, timings=timings)
         self._accept(_Made(block, conditioning, poses))
@@ -167,24 +240,27 @@ class Session:
         """Take ``[1, C, F, h, w]`` as the next block instead of making it; draws no noise."""
         self.settle()
         self._heed_prompt()
-        frames = self.world.config.block_frames
-        if tuple(latents.shape) != self.world.latent_shape:
+        frames = self.block_frames
+        if tuple(latents.shape) != self.latent_shape:
             raise ValueError(
-                f"a given block must be {self.world.latent_shape}, got {tuple(latents.shape)}"
+                f"a given block must be {self.latent_shape}, got {tuple(latents.shape)}"
             )
         applied = self._applied((IDLE,) * frames if keys is None else keys)
         conditioning, poses = self._conditioning(applied)
-        self.view.prepare(self.frame, frames, _last(poses))
+        self._prepare(self.frame, frames, poses)
         block = Block(self.block, self.frame, latents.to(self.world.device).float(), applied)
         self._accept(_Made(block, conditioning, poses))
         return block
 
     def decode(self, block: Block) -> Block:
-        """Fill in ``block.frames``: every block once, in order, since the decoder remembers.
+        """Fill in ``block.frames``: every block once, in order, since the decoder remembers. In a
+        world without a decoder they stay empty.
 
         Raises:
             ValueError: for a block that is not the next one.
         """
+        if self.world.autoencoder is None:
+            return block
         if block.index != self.decoded:
             raise ValueError(
                 f"block {block.index} cannot be decoded now: the next one is {self.decoded}"
@@ -202,7 +278,7 @@ class Session:
         """
         if self._closed:
             raise ValueError("this session is closed: open a new one")
-        if self.context.pool is not self.world.pool:
+        if self.context.pool is not self.world.pool_of(self.settings.size):
             raise ValueError("the world was moved or cast since this session began: open a new one")
         if self._pending is None:
             return
@@ -232,26 +308,27 @@ class Session:
         """Commit the recent frames anew under the present prompt, block by block, each over what
         was committed before it (LongLive). The sink and mid stay as they are."""
         self.settle()
-        keys, values = self.world.text(self.prompt)
         frames = {entry.frame for entry in self.context.table.recent}
         to_come = self.context.table.cut
-        self.context.on_event(Event.REOPEN)
+        self._event(Event.REOPEN)
         for made in self._made:
             block = made.block
             count = block.latents.shape[2]
             if frames.isdisjoint(range(block.start, block.start + count)):
                 continue
             if block.applied.cut:
-                self.context.on_event(Event.CUT)
-            self.view.prepare(block.start, count, _last(made.poses))
-            again = replace(made.conditioning, text_keys=keys, text_values=values)
+                self._event(Event.CUT)
+            self._prepare(block.start, count, made.poses)
+            again = replace(
+                made.conditioning, text_keys=self.asked.keys, text_values=self.asked.values
+            )
             self._commit(made, again, frames)
         if to_come:
-            self.context.on_event(Event.CUT)
+            self._event(Event.CUT)
 
     def _heed_prompt(self) -> None:
         """Do to the context what a change of prompt since the newest block asks for."""
-        if self._prompt_before in (None, self.prompt):
+        if self._asked_before is None or self._asked_before.same(self.asked):
             return
         if self.settings.cache.prompt == "flush":
             self.flush()
@@ -260,7 +337,13 @@ class Session:
 
     def _event(self, event: Event) -> None:
         self.settle()
-        self.context.on_event(event)
+        for view in self.views:
+            view.context.on_event(event)
+
+    def _prepare(self, start: int, frames: int, poses: tuple[Pose, ...]) -> None:
+        """Bring what the next passes read up to date."""
+        for view in self.views:
+            view.prepare(start, frames, poses[-1] if poses else None)
 
     def _commit(
         self, made: _Made, conditioning: Conditioning, only: set[int] | None = None
@@ -268,31 +351,32 @@ class Session:
         block = made.block
         cell = self.settings.schedule.commit_cell(block.index)
         commit(
-            self.world.commit, cell, block.latents, conditioning, self.view, block.start,
+            self.world.commit, cell, block.latents, conditioning, self.views, block.start,
             made.poses, only,
         )  # fmt: skip
 
     def fork(self) -> "Session":
         """A twin that goes its own way from here; both share the pages committed so far."""
         self.settle()
-        twin = Session(self.world, self.settings, self.prompt)
+        twin = Session(self.world, self.settings, self.asked, self._noise)
         twin.block, twin.frame, twin.held = self.block, self.frame, self.held
         twin.pose, twin.carry, twin.decoded = self.pose, self.carry, self.decoded
-        twin._prompt_before = self._prompt_before
-        twin.context = self.context.fork()
-        twin.view.context = twin.context
+        twin._asked_before = self._asked_before
+        for view, mine in zip(twin.views, self.views, strict=True):
+            view.context = mine.context.fork()
         twin._made.extend(self._made)
         return twin
 
     def memory_report(self) -> MemoryReport:
         """Bytes that it holds and ever will; see `World.memory_report`, which says it before."""
-        return self.world.memory_of(self.context, self.view.nbytes)
+        return self.world.memory_of(self.settings, self.context, self.view.nbytes)
 
     def close(self) -> None:
         """Give the pages back to the world."""
         self._pending = None
         self._made.clear()
-        self.context.close()
+        for view in self.views:
+            view.context.close()
         self.context.pool.give_back(self._needs)
         self._needs.clear()
         self._closed = True
@@ -305,7 +389,7 @@ class Session:
 
     def _accept(self, made: _Made) -> None:
         self._pending = made
-        self._prompt_before = made.block.applied.prompt
+        self._asked_before = self.asked
         if made.poses:
             self.pose = np.array(made.poses[-1])
         self.block += 1
@@ -313,7 +397,7 @@ class Session:
 
     def _applied(self, keys: Sequence[Keys]) -> Applied:
         """The receipt of a block under ``keys``; aliases are resolved, unknown keys refused."""
-        frames = self.world.config.block_frames
+        frames = self.block_frames
         if len(keys) != frames:
             raise ValueError(f"a block has {frames} latent frames, got keys for {len(keys)}")
         held = tuple(map(self.world.actions.resolve, keys))
@@ -321,27 +405,32 @@ class Session:
 
     def _conditioning(self, applied: Applied) -> tuple[Conditioning, tuple[Pose, ...]]:
         """The tensors that controls become, and the poses they lead to where there are any."""
-        keys, values = self.world.text(applied.prompt)
+        keys, values = self.asked.keys, self.asked.values
         spec = self.world.config.actions
         if spec is None:
             return Conditioning(keys, values), ()
         held = spec.multi_hot(applied.keys)
         poses = spec.reckon(held, self.pose)
-        told = spec.actions(held, poses), spec.rays(poses, self.world.grid[1])
-        actions, rays = (torch.from_numpy(x)[None].to(self.world.device) for x in told)
+        columns = self.context.pool.shape.grid[1]
+        told = spec.actions(held, poses), spec.rays(poses, columns)
+        actions, rays = (
+            torch.from_numpy(x)[None].to(self.world.device).expand(len(self.views), *x.shape)
+            for x in told
+        )
         reached = tuple((x, y, heading) for x, y, heading in poses.tolist())
         return Conditioning(keys, values, actions=actions, rays=rays), reached
 
-    def _noise(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
-        return noise(self.settings.seed, block, step, shape)
-
-
-def _last(poses: tuple[Pose, ...]) -> Pose | None:
-    return poses[-1] if poses else None
+    def _fresh(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        if self._noise is None:
+            return noise(self.settings.seed, block, step, shape)
+        given = self._noise(block, step, shape)
+        if tuple(given.shape) != shape:
+            raise ValueError(f"noise must be {shape}, got {tuple(given.shape)}")
+        return given.float()
 
 
 @torch.inference_mode()
-def decode(autoencoder: CausalAutoencoder, block: Block, carry: Carry) -> Carry:
+def decode(autoencoder: Decoder, block: Block, carry: Carry) -> Carry:
     """Fill in the pictures of a stream's next block; returns the decoder's new carry."""
     with part("decode", block.index, block.timings):
         decoded, carry = autoencoder.decode(block.latents, carry)

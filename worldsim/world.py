@@ -4,10 +4,12 @@ A world folder holds ``world.json`` and three diffusers folders: ``transformer``
 ``text_encoder``. Weights, the page pool and encoded prompts are shared by all sessions.
 """
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -22,19 +24,20 @@ from worldsim.cache.mid import check_form
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
 from worldsim.controls import ActionSpec, Keys, parse_prompts
+from worldsim.folder import DECODER, TEXT, TRANSFORMER, read_folder, write_folder
 from worldsim.memory import MemoryReport, report
 from worldsim.models.attention import NATIVE
-from worldsim.models.autoencoder import GROUP, Carry, CausalAutoencoder
+from worldsim.models.autoencoder import GROUP, SPACE, Autoencoder, Carry, Decoder, from_pictures
 from worldsim.models.transformer import CausalWanTransformer3DModel
-from worldsim.models.weights import cast, load_model
-from worldsim.models.words import WordEncoder
+from worldsim.models.weights import cast
+from worldsim.models.words import TextEncoder
 from worldsim.output import OUTPUTS, WorldOutput, as_output
-from worldsim.rollout import OnStep
+from worldsim.pictures import read_pictures
+from worldsim.rollout import Noise, OnStep
 from worldsim.schedule import Cell
 from worldsim.script import Script
-from worldsim.session import Block, Session, decode
+from worldsim.session import Asked, Block, Session, decode
 
-TRANSFORMER, DECODER, TEXT = "transformer", "vae", "text_encoder"
 PROMPTS_KEPT = 32
 
 TextRows = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -48,8 +51,8 @@ class World:
         self,
         config: WorldConfig,
         transformer: CausalWanTransformer3DModel,
-        autoencoder: CausalAutoencoder,
-        text_encoder: WordEncoder,
+        autoencoder: Decoder | None = None,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         self.config = config
         self.transformer = transformer
@@ -61,16 +64,14 @@ class World:
         self.forward: Callable[..., Any] = transformer
         self.commit: Callable[..., Any] = transformer.commit
         self._progress: dict[str, Any] = {}
-        self._pool: PagePool | None = None
+        self._pools: dict[tuple[int, int], PagePool] = {}
         self._texts: OrderedDict[str, TextRows] = OrderedDict()
-        height, width = autoencoder.latent_size(config.height, config.width)
-        self.grid = transformer.grid(height, width)
         takes = transformer.config
-        self.latent_shape = (1, takes.in_channels, config.block_frames, height, width)
-        parts = {
-            "channels of a latent": (autoencoder.config.latent_channels, takes.in_channels),
-            "width of a word": (text_encoder.config.text_dim, takes.text_dim),
-        }
+        parts = {}
+        if autoencoder is not None:
+            parts["channels of a latent"] = (autoencoder.latent_channels, takes.in_channels)
+        if text_encoder is not None:
+            parts["width of a word"] = (text_encoder.text_dim, takes.text_dim)
         parts["length of an action"] = (self.actions.dim, takes.action_dim)
         parts["length of a ray"] = (self.actions.ray_dim, takes.ray_dim)
         if config.actions is not None:
@@ -80,6 +81,8 @@ class World:
                 raise ValueError(
                     f"world {config.name!r}: {what} is {given}, but the models take {taken}"
                 )
+        self.latent_shape = self.latents_of((config.height, config.width), config.block_frames)
+        self.grid = transformer.grid(*self.latent_shape[-2:])
 
     # --- loading and saving -------------------------------------------------------------------
     @classmethod
@@ -88,38 +91,67 @@ class World:
         source: str | Path,
         torch_dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
+        preset: str | None = None,
+        decoder: str | Path | None = None,
     ) -> "World":
-        """Load the bundled world (``"maze"``), a world folder, or a hub id.
+        """Load the bundled world (``"maze"``), a world folder, a diffusers folder of the Wan2.1
+        family, or a hub id of either.
 
         Args:
             source: name, path or hub id.
             torch_dtype: a dtype, or ``"auto"``: bfloat16 where the device computes in it.
             device: where to put it.
+            preset: how to run a folder that does not say so itself, see `worldsim.presets`.
+            decoder: a tiny decoder's file (``taew2_1.pth``) in place of the folder's autoencoder.
 
         Raises:
             ValueError: an unknown name, an incomplete folder, damaged weights.
         """
         place = check_device(device)
         folder = locate(str(source))
-        config = WorldConfig.load(folder)
         dtype = auto_dtype(place) if torch_dtype == "auto" else torch_dtype
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"torch_dtype must be a torch dtype or 'auto', got {torch_dtype!r}")
-        world = cls(
-            config,
-            load_model(CausalWanTransformer3DModel, folder / TRANSFORMER, dtype),
-            load_model(CausalAutoencoder, folder / DECODER, dtype),
-            load_model(WordEncoder, folder / TEXT, dtype),
-        )
+        world = cls(*read_folder(folder, dtype, preset, _path(decoder)))
+        return world if place.type == "cpu" else world.to(place)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        preset: str = "self-forcing",
+        base: str | Path | None = None,
+        config: Mapping[str, Any] | str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        decoder: str | Path | None = None,
+    ) -> "World":
+        """Load a generator in its original layout, such as ``self_forcing_dmd.pt``.
+
+        Args:
+            path: ``.pt`` or ``.safetensors``.
+            preset: how to run it, see `worldsim.presets`.
+            base: a diffusers folder or hub id of Wan2.1, for its decoder and text encoder. Without
+                one there are latents only, and prompts are given as embeddings.
+            config: sizes of the model, where neither the file nor its shapes tell them.
+            torch_dtype: None takes the file's own.
+            device: where to put it.
+            decoder: a tiny decoder's file, in place of the base's autoencoder.
+
+        Raises:
+            ValueError: a file that cannot be read or does not fit, an unknown preset.
+        """
+        from worldsim.single_file import read_single_file
+
+        place = check_device(device)
+        folder = None if base is None else locate(str(base))
+        read = read_single_file(Path(path), preset, folder, config, torch_dtype, _path(decoder))
+        world = cls(*read)
         return world if place.type == "cpu" else world.to(place)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `from_pretrained` reads."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        for name, model in self._models().items():
-            model.save_pretrained(target / name)
-        self.config.save(target)  # last: a folder without it is no world
+        """Write a folder that `from_pretrained` reads, and diffusers too where it can."""
+        write_folder(Path(folder), self.config, self._models())
 
     def to(self, *targets: torch.device | str | torch.dtype) -> "World":
         """Move and cast, as in ``world.to("cuda", torch.bfloat16)``; open sessions cannot go on.
@@ -136,7 +168,7 @@ class World:
         for model in self._models().values():
             cast(model, self.dtype)
             torch.nn.Module.to(model, self.device)
-        self._pool = None
+        self._pools.clear()
         self._texts.clear()
         return self
 
@@ -166,17 +198,37 @@ class World:
 
     @property
     def pool(self) -> PagePool:
-        """The page pool, made when the first session opens."""
-        if self._pool is None:
+        """The page pool of pictures of the world's own size."""
+        return self.pool_of((self.config.height, self.config.width))
+
+    def pool_of(self, size: tuple[int, int]) -> PagePool:
+        """The page pool for pictures of (height, width), made when it is first asked for."""
+        grid = self.transformer.grid(*self.latents_of(size, 1)[-2:])
+        if grid not in self._pools:
             config = self.transformer.config
             shape = PageShape(
                 layers=config.num_layers,
                 heads=config.num_attention_heads,
-                grid=self.grid,
+                grid=grid,
                 head_dim=config.attention_head_dim,
             )
-            self._pool = PagePool(shape, self.dtype, self.device)
-        return self._pool
+            self._pools[grid] = PagePool(shape, self.dtype, self.device)
+        return self._pools[grid]
+
+    def latents_of(self, size: tuple[int, int], frames: int) -> tuple[int, ...]:
+        """Shape ``[1, C, F, h, w]`` of a block for pictures of (height, width).
+
+        Raises:
+            ValueError: for a size that the models cannot make.
+        """
+        if self.autoencoder is not None:
+            height, width = self.autoencoder.latent_size(*size)
+        elif size[0] % SPACE or size[1] % SPACE:
+            raise ValueError(f"picture size {size[0]}×{size[1]} must be a multiple of {SPACE}")
+        else:
+            height, width = size[0] // SPACE, size[1] // SPACE
+        self.transformer.grid(height, width)
+        return (1, self.transformer.config.in_channels, frames, height, width)
 
     def text(self, prompt: str) -> TextRows:
         """Cross-attention K/V of a prompt, computed once for each prompt.
@@ -184,21 +236,58 @@ class World:
         Warns of words that this world passes over because it does not know them.
 
         Raises:
-            ValueError: if the prompt has no word that this world knows.
+            ValueError: if the prompt has no word that this world knows, or it has no text encoder.
         """
+        if self.text_encoder is None:
+            raise ValueError(
+                "this world has no text encoder: give prompt_embeds, or load it with base= "
+                "(a Wan2.1 folder)"
+            )
         if prompt not in self._texts:
-            if unknown := self.text_encoder.read(prompt).unknown:
-                known = self.text_encoder.known()
-                warnings.warn(
-                    f"passed over {', '.join(unknown)}; this world knows {known}", stacklevel=2
-                )
-            ids = self.text_encoder.ids(prompt).to(self.device)
             with torch.inference_mode():
-                self._texts[prompt] = self.transformer.encode_prompt(self.text_encoder(ids[None]))
+                rows = self.text_encoder.encode(prompt)
+                self._texts[prompt] = self.transformer.encode_prompt(rows)
             while len(self._texts) > PROMPTS_KEPT:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(prompt)
         return self._texts[prompt]
+
+    @torch.inference_mode()
+    def text_of(self, embeds: Tensor) -> TextRows:
+        """The same of a text encoder's rows ``[1, T, text_dim]``, padded here with zeros.
+
+        Raises:
+            ValueError: for another shape, or more rows than the world's text length.
+        """
+        length = self.config.text_length if self.text_encoder is None else self.text_encoder.length
+        width = self.transformer.config.text_dim
+        if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
+            raise ValueError(f"prompt_embeds must be [1, T, {width}], got {list(embeds.shape)}")
+        missing = length - embeds.shape[1]
+        if missing < 0:
+            raise ValueError(f"prompt_embeds has {embeds.shape[1]} rows, more than {length}")
+        padded = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
+        return self.transformer.encode_prompt(padded.to(self.device, self.dtype))
+
+    def ask(
+        self, settings: Settings, prompt: str | None = None, embeds: Tensor | None = None
+    ) -> Asked:
+        """What a session asks for in words, or in their embeddings; neither: the world's prompt.
+
+        Raises:
+            ValueError: for both, or for what `text` and `text_of` cannot read.
+        """
+        if prompt is not None and embeds is not None:
+            raise ValueError("give a prompt or prompt_embeds, not both")
+        words = self.config.prompt if prompt is None else prompt
+        rows = [self.text(words) if embeds is None else self.text_of(embeds)]
+        if settings.rows > 1:
+            rows.append(self.text(settings.negative_prompt))
+        keys, values = (
+            parts[0] if len(rows) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+            for parts in zip(*rows, strict=True)
+        )
+        return Asked("" if embeds is not None else words, embeds, keys, values)
 
     @property
     def latents_per_second(self) -> float:
@@ -212,18 +301,110 @@ class World:
         steps: int | None = None,
         cache: str | None = None,
         schedule: str | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
+        window: int | EllipsisType | None = ...,
+        sink: int | None = None,
+        positions: str | None = None,
+        independent_first_frame: bool | None = None,
+        prompt_embeds: Tensor | None = None,
+        noise: Noise | None = None,
+        given: Tensor | None = None,
+        pictures: Any = None,
     ) -> Session:
-        """Open a live world.
+        """Open a live world. What is None is the world's own.
 
         Args:
-            prompt: None takes the world's own.
             seed: names the noise.
-            steps: denoising steps, None for the world's own.
-            cache: a cache line, see `CacheConfig.parse`, None for the world's own.
+            steps: denoising steps.
+            cache: a cache line, see `CacheConfig.parse`.
             schedule: a sampler and its step list, see `WorldConfig.sampling`.
+            height, width: size of a picture in pixels.
+            guidance, negative_prompt: classifier-free guidance, see `WorldConfig`.
+            window, sink, positions: the same as ``cache`` says in one line; ``window`` counts the
+                sink and the block itself, as the field does, and None keeps everything.
+            independent_first_frame: the first latent frame is a block of its own.
+            prompt_embeds: rows of a text encoder ``[1, T, text_dim]``, in place of a prompt.
+            noise: ``noise(block, step, shape)`` in place of the seed's: step 0 is what a block is
+                made of, step s what is added before pass s.
+            given: clean latents ``[1, C, F, h, w]`` that the stream begins with, whole blocks of
+                them. Where a single frame is left over, it is a first block of its own.
+            pictures: the same as pictures: one, or a video of whole blocks, see `read_pictures`.
+
+        Raises:
+            ValueError: for what this world cannot do.
         """
-        settings = self.settings(seed, steps, cache, schedule)
-        return Session(self, settings, self.config.prompt if prompt is None else prompt)
+        if window is not ... or sink is not None or positions is not None:
+            cache = self._windowed(cache, window, sink, positions)
+        size = (height or self.config.height, width or self.config.width)
+        self.latents_of(size, 1)
+        if pictures is not None:
+            if given is not None:
+                raise ValueError("give latents or pictures, not both")
+            given = self.encoded(read_pictures(pictures, size))
+        if given is not None and independent_first_frame is None:
+            left_over = given.shape[2] % self.config.block_frames
+            independent_first_frame = True if left_over == 1 else None
+        own = self.settings(seed, steps, cache, schedule)
+        alone = independent_first_frame
+        settings = replace(
+            own,
+            size=size,
+            guidance=own.guidance if guidance is None else guidance,
+            negative_prompt=own.negative_prompt if negative_prompt is None else negative_prompt,
+            independent_first_frame=own.independent_first_frame if alone is None else alone,
+        )
+        frames = 0 if given is None else given.shape[2]
+        if (frames - settings.independent_first_frame) % self.config.block_frames and frames:
+            raise ValueError(
+                f"given latents have {frames} frames, which are no whole blocks of "
+                f"{self.config.block_frames}"
+            )
+        session = Session(self, settings, self.ask(settings, prompt, prompt_embeds), noise)
+        while given is not None and given.shape[2]:
+            count = session.block_frames
+            session.given.append(session.give(given[:, :, :count]))
+            given = given[:, :, count:]
+        return session
+
+    @torch.inference_mode()
+    def encoded(self, pictures: Tensor) -> Tensor:
+        """Latents ``[1, C, F, h, w]`` of pictures uint8 ``[P, H, W, 3]`` that begin a stream.
+
+        Raises:
+            ValueError: without a decoder, or for pictures that are no whole latent frames.
+        """
+        if not isinstance(self.autoencoder, Autoencoder):
+            raise ValueError(
+                "this world reads no pictures: load it with an autoencoder (base= a Wan2.1 folder, "
+                "and no tiny decoder), or give latents"
+            )
+        source = from_pictures(pictures[None]).to(self.device, self.dtype)
+        return self.autoencoder.encode(source)[0].float()
+
+    def _windowed(
+        self,
+        line: str | None,
+        window: int | EllipsisType | None,
+        sink: int | None,
+        positions: str | None,
+    ) -> str:
+        """A cache line out of the field's words for it."""
+        if line is not None:
+            raise ValueError("give a cache line, or window, sink and positions, not both")
+        own = self.config.cache_config()
+        said = {"sink": own.sink if sink is None else sink}
+        if window is ...:
+            read = None if own.recent is None else own.sink + own.recent + self.config.block_frames
+        else:
+            read = window
+        fields = [f"{name}={value}" for name, value in said.items()]
+        fields.append("recent=all" if read is None else f"window={read}")
+        fields.append(f"positions={positions or own.positions}")
+        return ",".join(fields)
 
     def settings(
         self,
@@ -243,6 +424,10 @@ class World:
             sampler=sampler,
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
+            size=(self.config.height, self.config.width),
+            guidance=self.config.guidance,
+            negative_prompt=self.config.negative_prompt,
+            independent_first_frame=self.config.independent_first_frame,
         )
 
     def memory_report(self, cache: str | None = None) -> MemoryReport:
@@ -251,19 +436,24 @@ class World:
         Raises:
             ValueError: for a cache that cannot be, or that this world does not support.
         """
-        kept = self.config.cache_config(cache)
-        return self.memory_of(Context(self.pool, kept, self.actions.camera))
+        settings = self.settings(cache=cache)
+        pool = self.pool_of(settings.size)
+        return self.memory_of(settings, Context(pool, settings.cache, self.actions.camera))
 
-    def memory_of(self, context: Context, scratch: int | None = None) -> MemoryReport:
+    def memory_of(
+        self, settings: Settings, context: Context, scratch: int | None = None
+    ) -> MemoryReport:
         """The same of a session's context, whose view takes ``scratch`` bytes."""
         tensors = (
             tensor
             for model in self._models().values()
             for tensor in (*model.parameters(), *model.buffers())
         )
-        carry = self.autoencoder.carry_nbytes(*self.latent_shape[-2:])
+        shape = self.latents_of(settings.size, self.config.block_frames)
+        decoder = self.autoencoder
+        carry = 0 if decoder is None else decoder.carry_nbytes(*shape[-2:])
         weights = sum(tensor.nbytes for tensor in tensors)
-        return report(context, self.latent_shape, weights, carry, scratch)
+        return report(context, shape, weights, carry, scratch, settings.rows)
 
     def stream(
         self,
@@ -276,6 +466,9 @@ class World:
         decoding: bool = True,
         on_step: OnStep | None = None,
         schedule: str | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
+        pictures: Any = None,
     ) -> Iterator[Block]:
         """Blocks of a new session, one by one, for ever or ``blocks`` many.
 
@@ -287,14 +480,22 @@ class World:
             decoding: False leaves ``block.frames`` empty for the caller to decode.
             on_step: sees every denoise cell and its predicted clean latents.
             schedule: a sampler and its step list, see `WorldConfig.sampling`.
+            guidance, negative_prompt: see `session`.
+            pictures: that it begins with, see `session`; they are its first blocks.
 
         Everything is checked at the call, before the first block.
         """
         if blocks is not None and blocks < 1:
             raise ValueError(f"a stream needs at least one block, got {blocks}")
         script = self.script(prompt, controls)
-        settings = self.settings(seed, steps, cache, schedule)
-        return self._blocks(settings, script, blocks, decoding, on_step)
+        self.settings(seed, steps, cache, schedule)
+        size = (self.config.height, self.config.width)
+        given = None if pictures is None else self.encoded(read_pictures(pictures, size))
+        opened = partial(
+            self.session, script.prompt(0), seed, steps, cache, schedule,
+            guidance=guidance, negative_prompt=negative_prompt, given=given,
+        )  # fmt: skip
+        return self._blocks(opened, script, blocks, decoding, on_step)
 
     def script(
         self, prompt: str | None = None, controls: str | Sequence[Keys] | None = None
@@ -320,18 +521,21 @@ class World:
         """Decode a stream's blocks (made with ``decoding=False``) as they come, in order."""
         carry: Carry = None
         for block in blocks:
-            carry = decode(self.autoencoder, block, carry)
+            if self.autoencoder is not None:
+                carry = decode(self.autoencoder, block, carry)
             yield block
 
     def _blocks(
         self,
-        settings: Settings,
+        opened: Callable[[], Session],
         script: Script,
         blocks: int | None,
         decoding: bool,
         on_step: OnStep | None,
     ) -> Iterator[Block]:
-        with Session(self, settings, script.prompt(0)) as session:
+        with opened() as session:
+            for block in session.given:
+                yield session.decode(block) if decoding else block
             while blocks is None or session.block < blocks:
                 block = session.denoise(session.follow(script), on_step)
                 yield session.decode(block) if decoding else block
@@ -397,4 +601,9 @@ class World:
         )
 
     def _models(self) -> Mapping[str, Any]:
-        return {TRANSFORMER: self.transformer, DECODER: self.autoencoder, TEXT: self.text_encoder}
+        models = {TRANSFORMER: self.transformer, DECODER: self.autoencoder, TEXT: self.text_encoder}
+        return {name: model for name, model in models.items() if model is not None}
+
+
+def _path(source: str | Path | None) -> Path | None:
+    return None if source is None else Path(source)

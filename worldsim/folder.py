@@ -1,0 +1,127 @@
+"""A world as a folder: ``world.json`` and a folder for each model, or what diffusers writes.
+
+The models are told apart by what their ``config.json`` says they are, so the bundled worlds and the
+Wan2.1 family lie in the same kind of folder, and diffusers reads the latter as well.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from worldsim.config import FILE, WorldConfig
+from worldsim.models.autoencoder import CausalAutoencoder, Decoder
+from worldsim.models.transformer import CausalWanTransformer3DModel
+from worldsim.models.weights import load_model
+from worldsim.models.words import TextEncoder, WordEncoder
+from worldsim.presets import preset_config
+
+TRANSFORMER, DECODER, TEXT = "transformer", "vae", "text_encoder"
+SCHEDULER = "scheduler"
+INDEX = "model_index.json"
+DEFAULT_PRESET = "self-forcing"
+
+Models = tuple[WorldConfig, CausalWanTransformer3DModel, Decoder | None, TextEncoder | None]
+
+
+def read_folder(
+    folder: Path, dtype: torch.dtype, preset: str | None = None, tiny: Path | None = None
+) -> Models:
+    """Everything that a `World` is made of.
+
+    Args:
+        preset: how to run a folder that does not say so itself; what it says itself wins.
+        tiny: see `read_decoder`.
+
+    Raises:
+        ValueError: what is missing, damaged, or does not fit.
+    """
+    config = _config(folder, preset)
+    return (
+        config,
+        _transformer(folder / TRANSFORMER, dtype),
+        read_decoder(folder, dtype, tiny),
+        read_text_encoder(folder, dtype, config.text_length),
+    )
+
+
+def read_decoder(folder: Path | None, dtype: torch.dtype, tiny: Path | None) -> Decoder | None:
+    """The decoder of a world's folder, or a ``tiny`` one from a file in its place."""
+    if tiny is not None:
+        from worldsim.models.tiny_decoder import load_tiny_decoder
+
+        return load_tiny_decoder(tiny, dtype)
+    if folder is None:
+        return None
+    if _class_of(folder / DECODER) == "AutoencoderKLWan":
+        from worldsim.models.wan_vae import load_vae
+
+        return load_vae(folder / DECODER, dtype)
+    return load_model(CausalAutoencoder, folder / DECODER, dtype)
+
+
+def read_text_encoder(folder: Path, dtype: torch.dtype, length: int) -> TextEncoder:
+    """The text encoder of a world's folder; ``length``: rows of a prompt, where it has none."""
+    if _class_of(folder / TEXT) == "UMT5EncoderModel":
+        from worldsim.models.umt5 import load_prompt_encoder
+
+        return load_prompt_encoder(folder, dtype, length)
+    return load_model(WordEncoder, folder / TEXT, dtype)
+
+
+def write_folder(target: Path, config: WorldConfig, models: Mapping[str, Any]) -> None:
+    """The inverse of `read_folder`; diffusers reads it too where all models are its own."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name, model in models.items():
+        model.save_pretrained(target / name)
+    config.save(target)  # last: a folder without it is no world
+
+
+def _transformer(folder: Path, dtype: torch.dtype) -> CausalWanTransformer3DModel:
+    if _class_of(folder) == "WanTransformer3DModel":
+        from worldsim.models.checkpoints import load_transformer
+
+        return load_transformer(folder, dtype)
+    return load_model(CausalWanTransformer3DModel, folder, dtype)
+
+
+def _config(folder: Path, preset: str | None) -> WorldConfig:
+    if (folder / FILE).is_file() or not (folder / INDEX).is_file():
+        own = WorldConfig.load(folder)
+        if preset is not None:
+            _tell(asdict(own), asdict(preset_config(preset)), f"{folder / FILE} wins over {preset}")
+        return own
+    name = preset or DEFAULT_PRESET
+    chosen = preset_config(name)
+    scheduler = folder / SCHEDULER / "scheduler_config.json"
+    said = json.loads(scheduler.read_text()) if scheduler.is_file() else {}
+    shift = float(said.get("flow_shift", said.get("shift", chosen.shift)))
+    _tell({"shift": shift}, {"shift": chosen.shift}, f"{scheduler} wins over {name}")
+    return replace(chosen, shift=shift)
+
+
+def _tell(own: Mapping[str, Any], other: Mapping[str, Any], who: str) -> None:
+    told = ("name", "prompt", "controls")  # what nobody takes for a mistake
+    differ = [
+        f"{key}={own[key]} (not {other[key]})"
+        for key in own
+        if key not in told and own[key] != other[key]
+    ]
+    if differ:
+        warnings.warn(f"{who}: {', '.join(differ)}", stacklevel=4)
+
+
+def _class_of(folder: Path) -> str:
+    """What diffusers or transformers call the model in a folder; empty where it does not say."""
+    path = folder / "config.json"
+    try:
+        said = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        return ""  # whoever loads it tells what is wrong
+    if not isinstance(said, dict):
+        return ""
+    return said.get("_class_name") or next(iter(said.get("architectures") or ()), "")
