@@ -248,6 +248,33 @@ def soak(
     run(SoakOptions(Setting(world, cache=cache, dtype=dtype), blocks, device, json))
 
 
+@app.command(
+    epilog="Example:  worldsim convert self_forcing_dmd.pt sf --preset self-forcing "
+    "--base Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+)
+def convert(
+    source: Annotated[Path, typer.Argument(help="A generator: .pt or .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    preset: Annotated[
+        str, typer.Option(help="How it is run: self-forcing, causvid, longlive, …")
+    ] = "self-forcing",
+    base: Annotated[
+        str | None, typer.Option(help="Wan2.1 folder or hub id, for decoder and text encoder.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON of the model's sizes, where the file has none.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; default: as they are.")] = None,
+    height: Annotated[int | None, typer.Option(help="Picture height; default: preset's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Picture width; default: preset's.")] = None,
+) -> None:
+    """Make a folder of a generator, which worldsim and diffusers read."""
+    with _loading():
+        from worldsim.apps.convert import run
+
+    run(source, out, preset, base, config, dtype, (height, width))
+
+
 @app.command(epilog="Example:  worldsim sheet maze.png --seed 3")
 def sheet(
     out: Annotated[Path, typer.Argument(help="PNG file.")],

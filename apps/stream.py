@@ -76,6 +76,10 @@ def run(options: StreamOptions) -> None:
         check_writable(options.profile)
     setting = options.setting
     world = open_world(setting.world, setting.dtype, options.device, options.threads)
+    if world.autoencoder is None:
+        raise ValueError(
+            f"{setting.world} has no decoder, so there is nothing to see: convert it with --base"
+        )
     fps = world.config.fps if options.fps is None else options.fps
     script = options.controls
     latents = None if script is None else 1 + len(world.actions.parse(script))

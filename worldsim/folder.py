@@ -5,6 +5,7 @@ Wan2.1 family lie in the same kind of folder, and diffusers reads the latter as 
 """
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -21,7 +22,8 @@ from worldsim.models.words import TextEncoder, WordEncoder
 from worldsim.presets import preset_config
 
 TRANSFORMER, DECODER, TEXT = "transformer", "vae", "text_encoder"
-SCHEDULER = "scheduler"
+TOKENIZER, SCHEDULER = "tokenizer", "scheduler"
+WAN_TRANSFORMER, WAN_VAE, WAN_TEXT = "WanTransformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel"
 INDEX = "model_index.json"
 DEFAULT_PRESET = "self-forcing"
 
@@ -41,11 +43,17 @@ def read_folder(
         ValueError: what is missing, damaged, or does not fit.
     """
     config = _config(folder, preset)
+    transformer = _transformer(folder / TRANSFORMER, dtype)
+    # A generator may be alone; a world that moves is for people, and incomplete without.
+    has = {
+        name: transformer.config.action_dim > 0 or (folder / name).is_dir()
+        for name in (DECODER, TEXT)
+    }
     return (
         config,
-        _transformer(folder / TRANSFORMER, dtype),
-        read_decoder(folder, dtype, tiny),
-        read_text_encoder(folder, dtype, config.text_length),
+        transformer,
+        read_decoder(folder if has[DECODER] else None, dtype, tiny),
+        read_text_encoder(folder, dtype, config.text_length) if has[TEXT] else None,
     )
 
 
@@ -57,7 +65,7 @@ def read_decoder(folder: Path | None, dtype: torch.dtype, tiny: Path | None) -> 
         return load_tiny_decoder(tiny, dtype)
     if folder is None:
         return None
-    if _class_of(folder / DECODER) == "AutoencoderKLWan":
+    if _class_of(folder / DECODER) == WAN_VAE:
         from worldsim.models.wan_vae import load_vae
 
         return load_vae(folder / DECODER, dtype)
@@ -66,23 +74,65 @@ def read_decoder(folder: Path | None, dtype: torch.dtype, tiny: Path | None) -> 
 
 def read_text_encoder(folder: Path, dtype: torch.dtype, length: int) -> TextEncoder:
     """The text encoder of a world's folder; ``length``: rows of a prompt, where it has none."""
-    if _class_of(folder / TEXT) == "UMT5EncoderModel":
+    if _class_of(folder / TEXT) == WAN_TEXT:
         from worldsim.models.umt5 import load_prompt_encoder
 
         return load_prompt_encoder(folder, dtype, length)
     return load_model(WordEncoder, folder / TEXT, dtype)
 
 
-def write_folder(target: Path, config: WorldConfig, models: Mapping[str, Any]) -> None:
-    """The inverse of `read_folder`; diffusers reads it too where all models are its own."""
+def write_folder(
+    target: Path, config: WorldConfig, models: Mapping[str, Any], base: Path | None = None
+) -> None:
+    """The inverse of `read_folder`; diffusers reads it too where all models are its own.
+
+    Args:
+        models: by their folder's name.
+        base: a folder whose models are copied as they are, where ``models`` has none of that name.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name, model in models.items():
-        model.save_pretrained(target / name)
+        if name == TRANSFORMER and not model.config.action_dim:
+            from worldsim.models.checkpoints import save_transformer
+
+            shutil.rmtree(target / name, ignore_errors=True)
+            save_transformer(model, target / name)
+        elif name == TEXT and (tokenizer := getattr(model, "tokenizer", None)) is not None:
+            model.save_pretrained(target)  # beside its tokenizer
+            assert tokenizer is not None
+        else:
+            model.save_pretrained(target / name)
+    for name in (DECODER, TEXT, TOKENIZER, SCHEDULER):
+        if base is not None and name not in models and (base / name).is_dir():
+            shutil.copytree(base / name, target / name)
+    if _class_of(target / DECODER) == WAN_VAE and _class_of(target / TEXT) == WAN_TEXT:
+        _write_index(target, config)
     config.save(target)  # last: a folder without it is no world
 
 
+def _write_index(target: Path, config: WorldConfig) -> None:
+    """What diffusers' `WanPipeline` wants beside the models."""
+    import diffusers
+
+    if not (target / SCHEDULER).is_dir():
+        solver = diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift
+        )
+        solver.save_pretrained(target / SCHEDULER)
+    index = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": diffusers.__version__,
+        SCHEDULER: ["diffusers", "UniPCMultistepScheduler"],
+        TEXT: ["transformers", WAN_TEXT],
+        TOKENIZER: ["transformers", "AutoTokenizer"],
+        TRANSFORMER: ["diffusers", WAN_TRANSFORMER],
+        DECODER: ["diffusers", WAN_VAE],
+    }
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
 def _transformer(folder: Path, dtype: torch.dtype) -> CausalWanTransformer3DModel:
-    if _class_of(folder) == "WanTransformer3DModel":
+    if _class_of(folder) in (WAN_TRANSFORMER, CausalWanTransformer3DModel.__name__):
         from worldsim.models.checkpoints import load_transformer
 
         return load_transformer(folder, dtype)

@@ -71,13 +71,15 @@ class Asked:
 
     Attributes:
         prompt: the words; empty where only their embeddings were given.
-        embeds: the text encoder's rows, where they were given instead.
+        embeds, negative: the text encoder's rows of the prompt and of the negative one, where they
+            were given instead.
         keys, values: cross-attention K/V of each layer, ``[rows, heads, T, head_dim]``: a row for
             each of the session's views.
     """
 
     prompt: str
     embeds: Tensor | None
+    negative: Tensor | None
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
@@ -166,7 +168,8 @@ class Session:
         if buttons is not None:
             self.held = self.world.actions.resolve(frozenset(buttons))
         if prompt is not None or prompt_embeds is not None:
-            self.asked = self.world.ask(self.settings, prompt, prompt_embeds)
+            negative = self.asked.negative
+            self.asked = self.world.ask(self.settings, prompt, prompt_embeds, negative)
 
     def follow(self, script: Script) -> list[Keys]:
         """Take over what a script asks for at the next block; returns its held keys."""

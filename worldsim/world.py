@@ -270,7 +270,11 @@ class World:
         return self.transformer.encode_prompt(padded.to(self.device, self.dtype))
 
     def ask(
-        self, settings: Settings, prompt: str | None = None, embeds: Tensor | None = None
+        self,
+        settings: Settings,
+        prompt: str | None = None,
+        embeds: Tensor | None = None,
+        negative: Tensor | None = None,
     ) -> Asked:
         """What a session asks for in words, or in their embeddings; neither: the world's prompt.
 
@@ -282,12 +286,13 @@ class World:
         words = self.config.prompt if prompt is None else prompt
         rows = [self.text(words) if embeds is None else self.text_of(embeds)]
         if settings.rows > 1:
-            rows.append(self.text(settings.negative_prompt))
+            unwanted = settings.negative_prompt
+            rows.append(self.text(unwanted) if negative is None else self.text_of(negative))
         keys, values = (
             parts[0] if len(rows) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
             for parts in zip(*rows, strict=True)
         )
-        return Asked("" if embeds is not None else words, embeds, keys, values)
+        return Asked("" if embeds is not None else words, embeds, negative, keys, values)
 
     @property
     def latents_per_second(self) -> float:
@@ -311,6 +316,7 @@ class World:
         positions: str | None = None,
         independent_first_frame: bool | None = None,
         prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         noise: Noise | None = None,
         given: Tensor | None = None,
         pictures: Any = None,
@@ -327,7 +333,8 @@ class World:
             window, sink, positions: the same as ``cache`` says in one line; ``window`` counts the
                 sink and the block itself, as the field does, and None keeps everything.
             independent_first_frame: the first latent frame is a block of its own.
-            prompt_embeds: rows of a text encoder ``[1, T, text_dim]``, in place of a prompt.
+            prompt_embeds, negative_prompt_embeds: rows of a text encoder ``[1, T, text_dim]``, in
+                place of a prompt.
             noise: ``noise(block, step, shape)`` in place of the seed's: step 0 is what a block is
                 made of, step s what is added before pass s.
             given: clean latents ``[1, C, F, h, w]`` that the stream begins with, whole blocks of
@@ -363,7 +370,8 @@ class World:
                 f"given latents have {frames} frames, which are no whole blocks of "
                 f"{self.config.block_frames}"
             )
-        session = Session(self, settings, self.ask(settings, prompt, prompt_embeds), noise)
+        asked = self.ask(settings, prompt, prompt_embeds, negative_prompt_embeds)
+        session = Session(self, settings, asked, noise)
         while given is not None and given.shape[2]:
             count = session.block_frames
             session.given.append(session.give(given[:, :, :count]))
