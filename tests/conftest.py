@@ -10,6 +10,7 @@ import torch
 from worldsim.maze.recipe import TINY, Recipe
 from worldsim.maze.train import untrained, world_config
 from worldsim.models.autoencoder import CausalAutoencoder
+from worldsim.models.umt5 import PromptEncoder
 from worldsim.world import World
 
 # Tiny models gain nothing from threads, and beside other work a barrier can cost a hundredfold.
@@ -34,6 +35,32 @@ def random_world(recipe: Recipe = TINY, **config: object) -> World:
 @pytest.fixture(scope="session")
 def make_world() -> MakeWorld:
     return random_world
+
+
+@pytest.fixture(scope="session")
+def umt5() -> PromptEncoder:
+    """A tiny UMT5 of random weights, and a tokenizer of single characters and a few words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from tokenizers.pre_tokenizers import Metaspace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    pieces = ["▁a", "▁red", "▁maze", "▁night", "▁", *"abcdefghijklmnopqrstuvwxyz,.&"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
+    made = Tokenizer(Unigram(vocabulary + [(piece, -len(pieces)) for piece in pieces], unk_id=2))
+    made.pre_tokenizer = Metaspace()
+    made.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    sizes = UMT5Config(
+        vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        model = UMT5EncoderModel(sizes).eval().requires_grad_(False)
+    return PromptEncoder(tokenizer, model, length=12)
 
 
 @pytest.fixture(scope="session")

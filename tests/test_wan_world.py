@@ -13,11 +13,12 @@ from worldsim.models.context import ClipContext
 from worldsim.models.transformer import Conditioning
 from worldsim.presets import NEGATIVE_PROMPT, PRESETS
 from worldsim.rollout import Known
-from worldsim.schedule import Schedule
+from worldsim.schedule import Cell, Schedule
 from worldsim.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZE = {"height": 64, "width": 96}
+CELLS = list(PRESETS["self-forcing"].schedule().cells(0))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,10 @@ def seeded(block: int, step: int, shape: tuple[int, ...]) -> Tensor:
 class Slow:
     """The reference's rollout from nothing: the whole clip again for every pass, no cache."""
 
-    def __init__(self, world: World, embeds: Tensor) -> None:
+    def __init__(
+        self, world: World, embeds: Tensor, window: int | None = None, sink: int = 0
+    ) -> None:
+        self.window, self.sink = window, sink
         self.model = world.transformer
         keys, values = world.text_of(embeds)
         self.conditioning = Conditioning(keys, values)
@@ -50,20 +54,37 @@ class Slow:
         whole = torch.cat([*self.clean, x], dim=2)
         sizes = [block.shape[2] for block in (*self.clean, x)]
         block = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes)])
-        visible = (block[:, None] >= block[None, :])[None]
-        context = ClipContext(visible, torch.arange(len(block)), (4, 6), 32)
+        index, end = torch.arange(len(block)), torch.tensor(sizes).cumsum(0)[block]
+        visible = block[:, None] >= block[None, :]
+        if self.window is not None:
+            # The window counts the sink and the block itself, frame by frame.
+            newest = index[None, :] >= (end - (self.window - self.sink))[:, None]
+            visible &= newest | (index < self.sink)[None, :]
+        context = ClipContext(visible[None], index, (4, 6), 32)
         told = [0.0] * (len(block) - x.shape[2]) + levels
         flow = self.model(whole, torch.tensor([told]), self.conditioning, context)
         return flow[:, :, -x.shape[2] :]
 
+    def block(self, index: int, frames: int = 3) -> Tensor:
+        """A block's clean latents by Self-Forcing's few steps."""
+        shape = (1, 16, frames, 8, 12)
+        x = seeded(index, 0, shape)
+        for cell in CELLS:
+            x = renoised(cell, index, x, self.flow(x, [cell.timestep] * frames))
+        return x
 
-def x0_of(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
-    return (x.double() - sigma * flow.double()).float()
+
+def renoised(cell: Cell, index: int, x: Tensor, flow: Tensor) -> Tensor:
+    """The next input of a block, or its clean latents after the last cell."""
+    x0 = (x.double() - cell.sigma * flow.double()).float()
+    if not cell.next_sigma:
+        return x0
+    fresh = seeded(index, cell.level + 1, tuple(x.shape))
+    return (1 - cell.next_sigma) * x0 + cell.next_sigma * fresh
 
 
 def test_first_frame_alone_then_blocks(world: World, embeds: Tensor) -> None:
     slow = Slow(world, embeds)
-    cells = list(PRESETS["self-forcing"].schedule().cells(0))
     with world.session(
         prompt_embeds=embeds, noise=seeded, window=None, independent_first_frame=True, **SIZE
     ) as session:
@@ -71,14 +92,22 @@ def test_first_frame_alone_then_blocks(world: World, embeds: Tensor) -> None:
     assert [block.latents.shape[2] for block in blocks] == [1, 3, 3]
     assert [block.start for block in blocks] == [0, 1, 4]
     for index, block in enumerate(blocks):
-        shape = tuple(block.latents.shape)
-        x = seeded(index, 0, shape)
-        for cell in cells:
-            x0 = x0_of(x, slow.flow(x, [cell.timestep] * shape[2]), cell.sigma)
-            fresh = seeded(index, cell.level + 1, shape)
-            x = (1 - cell.next_sigma) * x0 + cell.next_sigma * fresh if cell.next_sigma else x0
-        assert (x - block.latents).abs().max() <= 2e-5
-        slow.clean.append(x)
+        slow.clean.append(slow.block(index, block.latents.shape[2]))
+        assert (slow.clean[-1] - block.latents).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize(("window", "sink"), [(6, 0), (7, 0), (8, 1), (9, 3), (9, 4), (3, 0)])
+def test_rolling_windows_count_the_sink_and_the_block(
+    world: World, embeds: Tensor, window: int, sink: int
+) -> None:
+    slow = Slow(world, embeds, window, sink)
+    with world.session(
+        prompt_embeds=embeds, noise=seeded, window=window, sink=sink, **SIZE
+    ) as session:
+        blocks = [session.step().latents for _ in range(6)]
+    for index, made in enumerate(blocks):
+        slow.clean.append(slow.block(index))
+        assert (slow.clean[-1] - made).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("frames", [1, 4, 3, 6])
@@ -93,12 +122,7 @@ def test_a_stream_begins_with_what_is_given(world: World, embeds: Tensor, frames
         slow = Slow(world, embeds)
         slow.clean = [b.latents for b in session.given]
     assert [b.shape[2] for b in slow.clean] == [1] * (frames % 3) + [3] * (frames // 3)
-    x = seeded(block.index, 0, (1, 16, 3, 8, 12))
-    for cell in PRESETS["self-forcing"].schedule().cells(0):
-        x0 = x0_of(x, slow.flow(x, [cell.timestep] * 3), cell.sigma)
-        fresh = seeded(block.index, cell.level + 1, tuple(x.shape))
-        x = (1 - cell.next_sigma) * x0 + cell.next_sigma * fresh if cell.next_sigma else x0
-    assert (x - block.latents).abs().max() <= 2e-5
+    assert (slow.block(block.index) - block.latents).abs().max() <= 2e-5
 
 
 def test_two_frames_are_no_whole_blocks(world: World, embeds: Tensor) -> None:
@@ -114,12 +138,9 @@ def test_known_frames_have_a_timestep_of_their_own(world: World, embeds: Tensor)
         made = session.step(known=Known(last, wanted)).latents
     assert torch.equal(made[:, :, 2], wanted[:, :, 2])
     x = seeded(0, 0, (1, 16, 3, 8, 12))
-    for cell in PRESETS["self-forcing"].schedule().cells(0):
+    for cell in CELLS:
         x = torch.cat([x[:, :, :2], wanted[:, :, 2:]], dim=2)
-        levels = [cell.timestep, cell.timestep, 0.0]
-        x0 = x0_of(x, slow.flow(x, levels), cell.sigma)
-        fresh = seeded(0, cell.level + 1, tuple(x.shape))
-        x = (1 - cell.next_sigma) * x0 + cell.next_sigma * fresh if cell.next_sigma else x0
+        x = renoised(cell, 0, x, slow.flow(x, [cell.timestep, cell.timestep, 0.0]))
     assert (x[:, :, :2] - made[:, :, :2]).abs().max() <= 8e-6
 
 
