@@ -7,6 +7,7 @@ import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from worldsim.apps.cache_times import cache_times
+from worldsim.apps.compiling import compile_world
 from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.part_times import PartTimes, time_parts
 from worldsim.apps.report import machine, print_table, write_json
@@ -35,6 +37,7 @@ class BenchOptions:
     device: str
     threads: int | None
     json: Path | None
+    compile: bool = False
 
 
 def run(options: BenchOptions) -> None:
@@ -87,6 +90,8 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
             "a context that keeps everything makes every block longer than the one before; "
             "give it an end, as in --cache recent=21"
         )
+    if options.compile:
+        compile_world(world, partial(setting.session, world), Console(stderr=True, highlight=False))
     fps = _overlapped(world, setting, warm_up, options.blocks)
     peak = _peak_mib(world)  # a stream's: the roofline comes after it
     times = time_parts(world, setting, warm_up, options.blocks)
@@ -97,6 +102,7 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
         "size": [world.config.height, world.config.width],
         "dtype": settings.dtype,
         "device": str(world.device),
+        "compiled": options.compile,
         "steps": len(settings.schedule.step_list(warm_up)),
         "sampler": settings.sampler,
         "cache": settings.cache.line(),
@@ -176,6 +182,7 @@ def _first_picture(options: BenchOptions) -> float:
     command = [str(script), "stream", "-", "--seconds", "0.5"]
     for name, value in given.items():
         command += [] if value is None else [f"--{name}", str(value)]
+    command += ["--compile"] if options.compile else []
     return min(_until_first_byte(command) for _ in range(3))
 
 
@@ -195,5 +202,5 @@ def _until_first_byte(command: list[str]) -> float:
 
 def _peak_mib(world: World) -> float:
     if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated(world.device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from worldsim.apps.out_of_memory import advice
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -46,6 +48,10 @@ Threads = Annotated[
     int | None, typer.Option(help="Threads of one stage; default: half of the cores.")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the model first: a minute or more, then faster."),
+]
 
 
 @app.command(
@@ -60,6 +66,15 @@ def stream(
     prompt: Prompt = None,
     controls: Controls = None,
     seconds: Seconds = None,
+    image: Annotated[
+        Path | None, typer.Option(help="First picture, of the world's own size.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance leads away from.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 is none.")
+    ] = None,
     seed: Seed = 0,
     steps: Steps = None,
     cache: Cache = None,
@@ -70,6 +85,7 @@ def stream(
     scale: Scale = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    compile: Compile = False,
     threads: Threads = None,
     profile: Annotated[
         Path | None,
@@ -87,7 +103,8 @@ def stream(
     run(
         StreamOptions(
             out, Setting(world, steps, cache, schedule, dtype), prompt, controls, seconds, seed,
-            fps, scale, device, threads, profile,
+            fps, scale, device, threads, profile, image, guidance, negative_prompt,
+            compile=compile,
         )
     )  # fmt: skip
 
@@ -106,6 +123,7 @@ def bench(
     schedule: Schedule = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    compile: Compile = False,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -115,7 +133,7 @@ def bench(
         from worldsim.apps.setting import Setting
 
     setting = Setting(model, steps, cache, schedule, dtype)
-    run(BenchOptions(setting, blocks, device, threads, json))
+    run(BenchOptions(setting, blocks, device, threads, json, compile=compile))
 
 
 @app.command(
@@ -315,6 +333,12 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         print(f"worldsim: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        line = advice(error)
+        if line is None:
+            raise
+        print(f"worldsim: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -89,7 +89,8 @@ class Roofline:
     @contextmanager
     def record(self, part: str) -> Iterator[None]:
         """Take what this thread calls inside as the kernels of ``part``."""
-        with _Recorder() as recorder:
+        # A graph does not say what it calls: compiled passes run as they were.
+        with torch.compiler.set_stance("force_eager"), _Recorder() as recorder:
             yield
         # Only now, so that no twin takes the place that a tensor of the model would have had.
         self._calls[part] = [

@@ -6,6 +6,7 @@ The commands that run a world once, and those that set several runs side by side
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import product
+from typing import Any
 
 from worldsim.session import Session
 from worldsim.world import World
@@ -65,9 +66,11 @@ class Setting:
         ]
         return " ".join(given) or DEFAULT
 
-    def session(self, world: World, prompt: str | None = None, seed: int = 0) -> Session:
-        """Open a session of ``world`` with these settings."""
-        return world.session(prompt, seed, self.steps, self.cache, self.schedule)
+    def session(
+        self, world: World, prompt: str | None = None, seed: int = 0, **others: Any
+    ) -> Session:
+        """Open a session of ``world`` with these settings; ``others`` go to `World.session`."""
+        return world.session(prompt, seed, self.steps, self.cache, self.schedule, **others)
 
     def warm_up(self, world: World) -> int | None:
         """Blocks until the context of ``world`` is full and a slot has been taken again: from then

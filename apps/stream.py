@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,10 @@ class StreamOptions:
     device: str
     threads: int | None
     profile: Path | None
+    image: Path | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    compile: bool = False
 
 
 @dataclass
@@ -84,14 +89,24 @@ def run(options: StreamOptions) -> None:
     script = options.controls
     latents = None if script is None else 1 + len(world.actions.parse(script))
     pictures = length(options.seconds, latents, fps)
-    count = world.blocks_for(pictures)
+    count = world.blocks_for(pictures, None if options.image is None else True)
     blocks = world.stream(
         options.prompt, options.controls, options.seed, count, setting.steps, setting.cache,
-        decoding=False, schedule=setting.schedule,
+        decoding=False, schedule=setting.schedule, guidance=options.guidance,
+        negative_prompt=options.negative_prompt, pictures=options.image,
     )  # fmt: skip
     # A pipe gets the world's own pixels, a file what people can see.
     scale = options.scale or (1 if options.out == "-" else shown_scale(world))
     sink = open_sink(options.out, fps, scale)
+    if options.compile:
+        from worldsim.apps.compiling import compile_world
+
+        opened = partial(
+            setting.session, world, guidance=options.guidance,
+            negative_prompt=options.negative_prompt,
+            independent_first_frame=None if options.image is None else True,
+        )  # fmt: skip
+        compile_world(world, opened, console)
     profile = None
     if options.profile is not None:
         from worldsim.apps.profiling import Profile
@@ -132,10 +147,10 @@ def _follow(
         task = progress.add_task("pictures", total=pictures, figures="")
         for block in made:
             tally.add(len(block.frames))
-            figures = (
-                f"{tally.fps:.0f} fps · denoise {1e3 * block.timings['denoise']:.1f} ms · "
-                f"decode {1e3 * block.timings['decode']:.1f} ms"
-            )
+            figures = f"{tally.fps:.0f} fps"
+            if block.latents.device.type == "cpu":  # elsewhere nobody waits for a part alone
+                for part in ("denoise", "decode"):
+                    figures += f" · {part} {1e3 * block.timings[part]:.1f} ms"
             progress.update(task, advance=len(block.frames), figures=figures)
             if profile is not None:
                 profile.after(block.index)

@@ -28,9 +28,10 @@ def placed(read: Read, pool: PagePool, layer: int) -> Tensor:
     """Of a placed page in one layer: each token at its own frame, or in their order from
     ``read.position`` on, as many to a frame as a frame has. float64 ``[tokens, 3]``."""
     per_frame, (_, width) = pool.shape.tokens, pool.shape.grid
-    places = pool.places(read.entry.page)[layer, : read.entry.tokens].cpu()
+    places = pool.places(read.entry.page)[layer, : read.entry.tokens]
+    # On the pool's device: a pass asks for them, and no pass waits for a device.
     frame, token = places // per_frame, places % per_frame
     if not read.own:
-        frame = torch.arange(len(places)) // per_frame
+        frame = torch.arange(len(places), device=places.device) // per_frame
     at = (frame + read.position, token // width, token % width)
     return torch.stack([x.to(torch.float64) for x in at], dim=-1)

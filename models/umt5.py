@@ -76,7 +76,9 @@ def load_prompt_encoder(
         ValueError: a part is missing, damaged, or of another model.
     """
     from transformers import AutoTokenizer, UMT5EncoderModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # ours are enough, and errors are one line
     for name in (TEXT_ENCODER, TOKENIZER):
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} has no {name}: the text encoder is incomplete")

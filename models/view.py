@@ -52,6 +52,8 @@ class ContextView:
     def __init__(self, context: Context, block_frames: int, backend: str = NATIVE) -> None:
         self.context = context
         self.backend = backend
+        # See `worldsim.models.context.Attends`. A mere bool: compiled code looks no further.
+        self.asks = context.config.asks
         shape = context.pool.shape
         self._own = block_frames * shape.tokens
         self._shared = context.config.quantised
@@ -65,11 +67,6 @@ class ContextView:
         self.own_rotation: tuple[Tensor, Tensor] | None = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-
-    @property
-    def asks(self) -> bool:
-        """See `worldsim.models.context.Attends`."""
-        return self.context.config.asks
 
     @staticmethod
     def rows_needed(context: Context, block_frames: int) -> int:

@@ -124,11 +124,17 @@ def _write_index(target: Path, config: WorldConfig) -> None:
         "_diffusers_version": diffusers.__version__,
         SCHEDULER: ["diffusers", "UniPCMultistepScheduler"],
         TEXT: ["transformers", WAN_TEXT],
-        TOKENIZER: ["transformers", "AutoTokenizer"],
+        TOKENIZER: ["transformers", _tokenizer_class(target / TOKENIZER / "tokenizer_config.json")],
         TRANSFORMER: ["diffusers", WAN_TRANSFORMER],
         DECODER: ["diffusers", WAN_VAE],
     }
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tokenizer_class(path: Path) -> str:
+    """The class that a tokenizer's settings name."""
+    said = json.loads(path.read_text()) if path.is_file() else {}
+    return said.get("tokenizer_class") or "T5TokenizerFast"
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> CausalWanTransformer3DModel:

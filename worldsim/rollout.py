@@ -21,6 +21,26 @@ Noise = Callable[[int, int, tuple[int, ...]], Tensor]  # (block, step, shape) ->
 OnStep = Callable[[Cell, Tensor], None]
 
 
+def compiled(eager: Pass, **options: Any) -> Pass:
+    """A pass of the model as one graph; ``options`` go to `torch.compile`.
+
+    Over quantised pages the pass stays as it is: it reads pages by their numbers, which change from
+    block to block and would be constants of the graph.
+    """
+    graph = torch.compile(eager, fullgraph=True, **options)
+
+    def run(
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        views: Sequence[ContextView],
+    ) -> Any:
+        quantised = any(view.context.config.quantised for view in views)
+        return (eager if quantised else graph)(latents, timestep, conditioning, views)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Known:
     """Frames of a block that are given, not made: a timestep for each frame (as in PUSA).
@@ -60,7 +80,7 @@ def denoise(
     """
     listed = list(cells)
     first = listed[0]
-    x = noise(first.block, 0, shape).to(device)
+    x = _ours(noise(first.block, 0, shape).to(device))
     steps = SAMPLERS[sampler](listed, lambda step: noise(first.block, step, shape).to(device))
     for cell in listed:
         assert cell.kind == "denoise" and cell.reads == CLEAN, "this executor reads clean context"
@@ -106,13 +126,19 @@ def commit(
 
     ``poses``: at the end of each frame, in worlds that have poses. ``only``: publish these frames.
     """
-    rows = latents.expand(len(views), *latents.shape[1:])
+    rows = _ours(latents).expand(len(views), *latents.shape[1:])
     commit_pass(rows, timesteps(cell, rows), conditioning, views)
     count = latents.shape[2]
     frames = range(start, start + count)
     for view in views:
         view.context.stage(cell.block, cell.level, frames, *view.staged(count), poses=poses)
         view.context.commit(cell.block, cell.level, only)
+
+
+def _ours(latents: Tensor) -> Tensor:
+    """What came from outside as a tensor like those made here: to compiled code, inference tensors
+    and all others are two things, and two graphs."""
+    return latents if latents.is_inference() else latents.clone()
 
 
 def timesteps(cell: Cell, latents: Tensor) -> Tensor:

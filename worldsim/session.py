@@ -252,6 +252,7 @@ class Session:
         conditioning, poses = self._conditioning(applied)
         self._prepare(self.frame, frames, poses)
         block = Block(self.block, self.frame, latents.to(self.world.device).float(), applied)
+        block.timings.update(commit=0.0, denoise=0.0)  # it was neither waited for nor made
         self._accept(_Made(block, conditioning, poses))
         return block
 

@@ -33,7 +33,7 @@ from worldsim.models.weights import cast
 from worldsim.models.words import TextEncoder
 from worldsim.output import OUTPUTS, WorldOutput, as_output
 from worldsim.pictures import read_pictures
-from worldsim.rollout import Noise, OnStep
+from worldsim.rollout import Noise, OnStep, compiled
 from worldsim.schedule import Cell
 from worldsim.script import Script
 from worldsim.session import Asked, Block, Session, decode
@@ -182,9 +182,12 @@ class World:
         self.attention = name
 
     def compile(self, **options: Any) -> None:
-        """Compile the denoise and commit passes, each once; ``options`` go to `torch.compile`."""
-        self.forward = torch.compile(self.transformer, fullgraph=True, **options)
-        self.commit = torch.compile(self.transformer.commit, fullgraph=True, **options)
+        """Compile the denoise and commit passes, each once; ``options`` go to `torch.compile`.
+
+        Sessions with quantised pages run as before: see `worldsim.rollout.compiled`.
+        """
+        self.forward = compiled(self.transformer, **options)
+        self.commit = compiled(self.transformer.commit, **options)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """``disable=True`` turns the progress bar of a call off."""
@@ -548,8 +551,10 @@ class World:
                 block = session.denoise(session.follow(script), on_step)
                 yield session.decode(block) if decoding else block
 
-    def blocks_for(self, pictures: int) -> int:
+    def blocks_for(self, pictures: int, alone: bool | None = None) -> int:
         """Blocks that hold at least ``pictures`` pictures.
+
+        ``alone``: the first latent frame is a block of its own; None is the world's own way.
 
         Raises:
             ValueError: for less than one picture.
@@ -557,6 +562,8 @@ class World:
         if pictures < 1:
             raise ValueError(f"ask for at least one picture, got {pictures}")
         latents = 1 + -(-(pictures - 1) // GROUP)
+        if self.config.independent_first_frame if alone is None else alone:
+            return 1 - (-(latents - 1) // self.config.block_frames)
         return -(-latents // self.config.block_frames)
 
     def __call__(
@@ -570,6 +577,9 @@ class World:
         output_type: str = "np",
         callback_on_step_end: OnStepEnd | None = None,
         cache: str | None = None,
+        image: Any = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
     ) -> WorldOutput:
         """A clip in the call shape of diffusers' video pipelines.
 
@@ -580,6 +590,8 @@ class World:
                 ``pt`` (float ``[1, F, 3, H, W]``) or ``latent`` (``[1, C, F, h, w]``).
             callback_on_step_end: called as ``callback(world, step, timestep, {"latents": x0})``;
                 it only looks, what it returns is not used.
+            image: that the clip begins with, see `session`.
+            guidance_scale, negative_prompt: see `session`.
         """
         if output_type not in OUTPUTS:
             raise ValueError(
@@ -594,10 +606,11 @@ class World:
             def on_step(cell: Cell, x0: Tensor) -> None:
                 told(self, cell.level, cell.timestep, {"latents": x0})
 
-        count = self.blocks_for(num_frames)
+        count = self.blocks_for(num_frames, None if image is None else True)
         blocks = self.stream(
             prompt, controls, seed, count, num_inference_steps, cache,
-            decoding=output_type != "latent", on_step=on_step,
+            decoding=output_type != "latent", on_step=on_step, guidance=guidance_scale,
+            negative_prompt=negative_prompt, pictures=image,
         )  # fmt: skip
         hidden = bool(self._progress.get("disable"))
         console = Console(stderr=True)
