@@ -104,7 +104,7 @@ class Recipe:
     open_prompts_from: int = 0
     lessons: tuple[Lesson, ...] = ()
     few_steps: int = 2
-    cache: str = "sink=3,recent=8,positions=packed"
+    cache: str = "window=12,sink=50%"
 
     @property
     def columns(self) -> int:

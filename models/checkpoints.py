@@ -225,8 +225,10 @@ def _nested(found: Any, path: Path) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
-    if index.is_file() == (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} must hold either {WEIGHTS} or {INDEX}")
+    if index.is_file() and (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds both {WEIGHTS} and {INDEX}: remove the one that is old")
+    if not index.is_file() and not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS}: the weights are incomplete")
     if not index.is_file():
         return [folder / WEIGHTS]
     shards = _json(index).get("weight_map")

@@ -15,6 +15,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -216,6 +217,10 @@ class Layer(nn.Module):
         y = self.ffn(modulated_norm(x, shift2, scale2, self.eps))
         return x + gated(y, gate2)
 
+    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention K/V of prompts ``[P, T, D]``, each ``[P, heads, T, head_dim]``."""
+        return self.attn2.keys(text), self.attn2.values(text)
+
     def read_text(self, y: Tensor, text: Text, frames: int) -> Tensor:
         q = self.attn2.queries(y)
         k, v, prompt = text
@@ -229,7 +234,7 @@ class Layer(nn.Module):
         return self.attn2.out(rearrange(y, "(r f) h s d -> r h (f s) d", r=rows))
 
 
-class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
+class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts the flow (noise minus clean latent) of a block, given its context.
 
     The config is that of diffusers' `WanTransformer3DModel`, plus ``action_dim`` and ``ray_dim``
@@ -321,8 +326,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             keys and values, one ``[P, heads, T, head_dim]`` per layer.
         """
         text = self.condition_embedder.text_embedder(embeds)
-        keys = tuple(layer.attn2.keys(text) for layer in self.layers)
-        return keys, tuple(layer.attn2.values(text) for layer in self.layers)
+        # Layer by layer: where layers are offloaded, each comes once.
+        pairs = [layer.encode_text(text) for layer in self.layers]
+        return tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs)
 
     def forward(
         self,

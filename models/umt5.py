@@ -86,8 +86,9 @@ def load_prompt_encoder(
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
     except Exception as error:
         raise ValueError(f"{folder / TOKENIZER} is no tokenizer: {_first_line(error)}") from None
+    read: Any = UMT5EncoderModel.from_pretrained  # its type does not know what it returns here
     try:
-        model, report = UMT5EncoderModel.from_pretrained(
+        model, report = read(
             folder / TEXT_ENCODER, dtype=dtype, local_files_only=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip

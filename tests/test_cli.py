@@ -167,7 +167,7 @@ BAD_WORLDS = {
     "truncated": "is damaged",
     "not-a-number": "not finite: proj_out.bias",
     "config-cut": "config.json is no JSON",
-    "config-type": "config.json does not fit",
+    "config-type": "does not fit CausalWanTransformer3DModel",
     "other-words": "holds a CausalAutoencoder, not a WordEncoder",
 }
 BAD_OPTIONS = {
