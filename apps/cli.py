@@ -50,7 +50,7 @@ Threads = Annotated[
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Compile = Annotated[
     bool,
-    typer.Option("--compile", help="Compile the model first: a minute or more, then faster."),
+    typer.Option("--compile", help="Compile the model first, which takes minutes."),
 ]
 
 
@@ -291,6 +291,37 @@ def convert(
         from worldsim.apps.convert import run
 
     run(source, out, preset, base, config, dtype, (height, width))
+
+
+@app.command(
+    epilog="Examples:  worldsim doctor  ·  worldsim doctor --world self_forcing_dmd.pt "
+    "--preset longlive --device cuda --memory 24GiB"
+)
+def doctor(
+    world: Annotated[
+        str,
+        typer.Option(
+            help="'maze', 'medium' or 'tiny', a world folder, a hub id, or a generator's file."
+        ),
+    ] = "maze",
+    height: Annotated[int | None, typer.Option(help="Picture height; default: its own.")] = None,
+    width: Annotated[int | None, typer.Option(help="Picture width; default: its own.")] = None,
+    cache: Cache = None,
+    dtype: Dtype = "auto",
+    preset: Annotated[
+        str | None, typer.Option(help="How it is run, where it does not say: self-forcing, …")
+    ] = None,
+    device: Device = "cpu",
+    memory: Annotated[
+        str | None, typer.Option(help="That there is, e.g. 24GiB; default: what is free here.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Foretell what a world will take, before it is loaded; exit code 1 where it does not fit."""
+    with _loading():
+        from worldsim.apps.doctor import DoctorOptions, run
+
+    run(DoctorOptions(world, cache, (height, width), dtype, preset, device, memory, json))
 
 
 @app.command(epilog="Example:  worldsim sheet maze.png --seed 3")

@@ -80,9 +80,9 @@ def read_generator(path: str | Path, config: Config = None) -> Generator:
         raise ValueError(f"there is no file {path}")
     metadata: dict[str, str] = {}
     if path.suffix == ".safetensors":
-        stored, metadata = _mapped(path)
+        stored, metadata = mapped(path)
     elif path.suffix in PICKLED:
-        stored = _nested(_unpickled(path), path)
+        stored = _nested(unpickled(path), path)
     else:
         raise ValueError(f"{path} must end in .safetensors, {', '.join(PICKLED)}")
     tensors = _diffusers_names(_unwrapped(stored, path))
@@ -140,7 +140,7 @@ def load_transformer(
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a {PLAIN} or {OURS}")
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
-        shard, _ = _mapped(file)
+        shard, _ = mapped(file)
         if twice := sorted(tensors.keys() & shard.keys()):
             raise ValueError(f"{file} holds {twice[0]}, which another file of {folder} holds, too")
         tensors |= shard
@@ -180,7 +180,7 @@ def save_transformer(model: CausalWanTransformer3DModel, folder: str | Path) -> 
 
 
 # --- files ------------------------------------------------------------------------------------
-def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     try:
         with safe_open(path, "pt") as file:
@@ -190,7 +190,7 @@ def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
 
 
-def _unpickled(path: Path) -> Any:
+def unpickled(path: Path) -> Any:
     try:
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError:

@@ -25,6 +25,7 @@ from worldsim.models.attention import NATIVE, attention
 from worldsim.models.placement import placed, placement
 from worldsim.models.rope import rotate, rotation, token_positions
 
+ROTATED = 1 << 22  # numbers at a time: more take no less time, and all of a large model's are many
 DECODED = 4  # pages at a time: what they are decoded through is several times what they become
 
 
@@ -223,11 +224,11 @@ class ContextView:
     # --- buffers ----------------------------------------------------------------------------------
     def _fill_all(self, run: Run) -> None:
         """Write the pages of a run for all layers."""
-        if run.rotation is not None:
-            self._fill(run, slice(None))
-            return
-        for layer in range(self.context.pool.shape.layers):
-            self._fill(run, slice(layer, layer + 1))
+        shape = self.context.pool.shape
+        numbers = (run.rows.stop - run.rows.start) * shape.heads * shape.head_dim
+        each = 1 if run.rotation is None else layers_at_once(numbers)
+        for layer in range(0, shape.layers, each):
+            self._fill(run, slice(layer, min(layer + each, shape.layers)))
 
     def _fill(self, run: Run, layers: slice) -> None:
         """Write the pages of a run for some layers (one, where they hold different tokens)."""
@@ -261,3 +262,8 @@ class ContextView:
         pool = self.context.pool
         with torch.inference_mode(False):
             return torch.zeros(size, dtype=pool.dtype, device=pool.device)
+
+
+def layers_at_once(numbers: int) -> int:
+    """Layers whose pages are rotated together, where each has so many ``numbers``."""
+    return max(1, ROTATED // numbers)

@@ -24,7 +24,7 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: the weights are incomplete")
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     if config.get("_class_name", kind.__name__) != kind.__name__:
         raise ValueError(f"{folder} holds a {config['_class_name']}, not a {kind.__name__}")
     try:
@@ -78,7 +78,7 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
     return model
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:

@@ -42,7 +42,7 @@ def read_folder(
     Raises:
         ValueError: what is missing, damaged, or does not fit.
     """
-    config = _config(folder, preset)
+    config = config_of(folder, preset)
     transformer = _transformer(folder / TRANSFORMER, dtype)
     # A generator may be alone; a world that moves is for people, and incomplete without.
     has = {
@@ -65,7 +65,7 @@ def read_decoder(folder: Path | None, dtype: torch.dtype, tiny: Path | None) -> 
         return load_tiny_decoder(tiny, dtype)
     if folder is None:
         return None
-    if _class_of(folder / DECODER) == WAN_VAE:
+    if class_of(folder / DECODER) == WAN_VAE:
         from worldsim.models.wan_vae import load_vae
 
         return load_vae(folder / DECODER, dtype)
@@ -74,7 +74,7 @@ def read_decoder(folder: Path | None, dtype: torch.dtype, tiny: Path | None) -> 
 
 def read_text_encoder(folder: Path, dtype: torch.dtype, length: int) -> TextEncoder:
     """The text encoder of a world's folder; ``length``: rows of a prompt, where it has none."""
-    if _class_of(folder / TEXT) == WAN_TEXT:
+    if class_of(folder / TEXT) == WAN_TEXT:
         from worldsim.models.umt5 import load_prompt_encoder
 
         return load_prompt_encoder(folder, dtype, length)
@@ -105,7 +105,7 @@ def write_folder(
     for name in (DECODER, TEXT, TOKENIZER, SCHEDULER):
         if base is not None and name not in models and (base / name).is_dir():
             shutil.copytree(base / name, target / name)
-    if _class_of(target / DECODER) == WAN_VAE and _class_of(target / TEXT) == WAN_TEXT:
+    if class_of(target / DECODER) == WAN_VAE and class_of(target / TEXT) == WAN_TEXT:
         _write_index(target, config)
     config.save(target)  # last: a folder without it is no world
 
@@ -138,14 +138,14 @@ def _tokenizer_class(path: Path) -> str:
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> CausalWanTransformer3DModel:
-    if _class_of(folder) in (WAN_TRANSFORMER, CausalWanTransformer3DModel.__name__):
+    if class_of(folder) in (WAN_TRANSFORMER, CausalWanTransformer3DModel.__name__):
         from worldsim.models.checkpoints import load_transformer
 
         return load_transformer(folder, dtype)
     return load_model(CausalWanTransformer3DModel, folder, dtype)
 
 
-def _config(folder: Path, preset: str | None) -> WorldConfig:
+def config_of(folder: Path, preset: str | None) -> WorldConfig:
     if (folder / FILE).is_file() or not (folder / INDEX).is_file():
         own = WorldConfig.load(folder)
         if preset is not None:
@@ -171,7 +171,7 @@ def _tell(own: Mapping[str, Any], other: Mapping[str, Any], who: str) -> None:
         warnings.warn(f"{who}: {', '.join(differ)}", stacklevel=4)
 
 
-def _class_of(folder: Path) -> str:
+def class_of(folder: Path) -> str:
     """What diffusers or transformers call the model in a folder; empty where it does not say."""
     path = folder / "config.json"
     try:

@@ -21,8 +21,8 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from torch import Tensor, nn
 
 from worldsim.models.checkpoints import ANYWHERE, IN_FRONT, NESTS, PICKLED
-from worldsim.models.checkpoints import _mapped as mapped
-from worldsim.models.checkpoints import _unpickled as unpickled
+from worldsim.models.checkpoints import mapped as mapped
+from worldsim.models.checkpoints import unpickled as unpickled
 from worldsim.models.transformer import CausalWanTransformer3DModel
 
 Source = str | Path | Mapping[str, Any]
