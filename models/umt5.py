@@ -2,13 +2,19 @@
 
 import html
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import torch
 from torch import Tensor, nn
 
+from worldsim.models.weights import CONFIG, check_fit, read_config
+
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+KIND, TIED, WORDS = "umt5", "encoder.embed_tokens.weight", "tokenizer.json"
 
 
 class PromptEncoder(nn.Module):
@@ -47,7 +53,7 @@ class PromptEncoder(nn.Module):
             add_special_tokens=True, return_attention_mask=True, return_tensors="pt",
         ).to(self.model.device)  # fmt: skip
         rows = self.model(read.input_ids, read.attention_mask).last_hidden_state
-        return rows * read.attention_mask[..., None].to(rows.dtype)
+        return rows.masked_fill(read.attention_mask[..., None] == 0, 0)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write both beside each other, as `load_prompt_encoder` and diffusers read them."""
@@ -56,15 +62,9 @@ class PromptEncoder(nn.Module):
 
 
 def cleaned(prompt: str) -> str:
-    """As Wan's own pipelines clean it: HTML entities resolved, also doubled ones, and white space
-    collapsed; broken Unicode is mended where ftfy is installed."""
-    try:
-        import ftfy
-    except ImportError:
-        mended = prompt
-    else:
-        mended = ftfy.fix_text(prompt)
-    return " ".join(html.unescape(html.unescape(mended)).split())
+    """As Wan's own pipelines clean it: broken Unicode mended, HTML entities resolved, also doubled
+    ones, and white space collapsed."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 def load_prompt_encoder(
@@ -75,31 +75,78 @@ def load_prompt_encoder(
     Raises:
         ValueError: a part is missing, damaged, or of another model.
     """
-    from transformers import AutoTokenizer, UMT5EncoderModel
+    for name, file in ((TEXT_ENCODER, CONFIG), (TOKENIZER, WORDS)):
+        if not (folder / name / file).is_file():
+            raise ValueError(f"{folder} has no {name}/{file}: the text encoder is incomplete")
+    model = _model(folder / TEXT_ENCODER, dtype)
+    tokenizer = _tokenizer(folder / TOKENIZER)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"{folder / TOKENIZER} has {len(tokenizer)} tokens, but the text encoder beside it "
+            f"knows {model.config.vocab_size}: they do not belong together"
+        )
+    return PromptEncoder(tokenizer, model, length)
+
+
+def _tokenizer(folder: Path) -> Any:
+    # Not AutoTokenizer: since transformers 5 it takes the class that Wan's folders name, which
+    # builds a T5 around the vocabulary: no bytes for unknown characters, and <unk> is always 2.
+    # This one is what the file says, in every version.
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        with _quiet():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{folder} is no tokenizer: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{folder} names no pad_token, and prompts are padded")
+    return tokenizer
+
+
+def _model(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import UMT5EncoderModel
+
+    # transformers reads weights of any kind into any model that has room for them.
+    if (held := read_config(folder / CONFIG).get("model_type")) != KIND:
+        raise ValueError(f"{folder} holds a {held}, not a {KIND}")
+    kind: Any = UMT5EncoderModel  # its types know nothing of a second result
+    try:
+        with _quiet():
+            model, report = kind.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from None
+    # What is missing was filled with random numbers. The embedding may be there once only, and
+    # transformers 5.0 to 5.2 then leave its second name random, where Wan's config says "untied".
+    model.set_input_embeddings(model.get_input_embeddings())
+    wrong = {fault: sorted(map(_name, found)) for fault, found in report.items()}
+    wrong["missing_keys"] = [name for name in wrong["missing_keys"] if name != TIED]
+    told = [f"{fault}: {', '.join(names[:4])}" for fault, names in wrong.items() if names]
+    if told:
+        raise ValueError(f"{folder} does not fit UMT5EncoderModel: {'; '.join(told)}")
+    check_fit(model, model.state_dict(), folder)  # finite
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' tables of what we tell in one line, and its progress bars."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # ours are enough, and errors are one line
-    for name in (TEXT_ENCODER, TOKENIZER):
-        if not (folder / name).is_dir():
-            raise ValueError(f"{folder} has no {name}: the text encoder is incomplete")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"{folder / TOKENIZER} is no tokenizer: {_first_line(error)}") from None
-    read: Any = UMT5EncoderModel.from_pretrained  # its type does not know what it returns here
-    try:
-        model, report = read(
-            folder / TEXT_ENCODER, dtype=dtype, local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    except Exception as error:
-        raise ValueError(f"{folder / TEXT_ENCODER} cannot be read: {_first_line(error)}") from None
-    # transformers fills what is missing with random numbers; the tied embedding is no loss.
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
-    if wrong:
-        told = "; ".join(f"{kind}: {', '.join(names[:4])}" for kind, names in wrong.items())
-        raise ValueError(f"{folder / TEXT_ENCODER} does not fit UMT5EncoderModel: {told}")
-    return PromptEncoder(tokenizer, model.eval().requires_grad_(False), length)
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _name(key: str | tuple[Any, ...]) -> str:
+    return key if isinstance(key, str) else str(key[0])  # or with its two shapes
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """Prompts through UMT5: a tiny one, made here, beside a plain call of transformers."""
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -52,27 +54,114 @@ def test_half_precision(folder: Path) -> None:
     assert loaded.encode("sky").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("fault", ["no tokenizer", "missing", "truncated", "shape", "empty"])
-def test_a_bad_folder_is_told_in_one_line(folder: Path, tmp_path: Path, fault: str) -> None:
-    import shutil
+def test_the_tokenizer_is_what_its_file_says(folder: Path, tmp_path: Path) -> None:
+    """Wan's folders name a class that transformers 5 builds anew: other ids, and not a word."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from tokenizers.pre_tokenizers import Metaspace
+    from tokenizers.processors import TemplateProcessing
 
+    shutil.copytree(folder / "text_encoder", tmp_path / "text_encoder")
+    special = ["<pad>", "</s>", "<s>", "<unk>"]  # as in umT5: <unk> is no 2
+    pieces = ["▁", "▁sky", *(f"<0x{byte:02X}>" for byte in "Ω".encode())]
+    made = Tokenizer(
+        Unigram([(piece, -1.0) for piece in special + pieces], unk_id=3, byte_fallback=True)
+    )
+    made.pre_tokenizer = Metaspace()
+    made.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    made.add_special_tokens(special)
+    path = tmp_path / "tokenizer"
+    path.mkdir()
+    made.save(str(path / "tokenizer.json"))
+    (path / "spiece.model").write_bytes(b"lies beside it, and is not needed")
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": []}
+    named = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | named))
+    read = load_prompt_encoder(tmp_path, length=LENGTH).tokenizer
+    assert read("sky Ω").input_ids == made.encode("sky Ω").ids == [5, 4, 6, 7, 1]
+    assert read("sky Я").input_ids == [5, 4, 3, 1]  # no bytes for this one
+
+
+def test_one_embedding_under_two_names(umt5: PromptEncoder, folder: Path, tmp_path: Path) -> None:
+    """Wan's config says "untied", its weights have one: transformers has left the other random."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    weights = copy / "text_encoder" / "model.safetensors"
-    tensors = load_file(weights)
+    config = copy / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    loaded = load_prompt_encoder(copy, length=LENGTH)
+    assert loaded.model.encoder.embed_tokens.weight is loaded.model.shared.weight
+    assert torch.equal(loaded.encode("sky"), umt5.encode("sky"))
+
+
+def test_weights_in_shards(umt5: PromptEncoder, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "tokenizer", copy / "tokenizer")
+    umt5.model.save_pretrained(copy / "text_encoder", max_shard_size="20KB")
+    shards = sorted((copy / "text_encoder").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert torch.equal(load_prompt_encoder(copy, length=LENGTH).encode("sky"), umt5.encode("sky"))
+    shards[1].unlink()
+    with pytest.raises(ValueError, match="cannot be read") as error:
+        load_prompt_encoder(copy, length=LENGTH)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("no tokenizer", "no tokenizer/tokenizer.json: the text encoder is incomplete"),
+        ("no words", "no tokenizer/tokenizer.json: the text encoder is incomplete"),
+        ("damaged words", "is no tokenizer"),
+        ("no config", "no text_encoder/config.json: the text encoder is incomplete"),
+        ("a t5", "holds a t5, not a umt5"),
+        ("few words", "has 37 tokens, but the text encoder beside it knows 33"),
+        ("empty", "cannot be read: .*no file named"),
+        ("truncated", "cannot be read"),
+        ("missing", "missing_keys: encoder.final_layer_norm.weight"),
+        ("unexpected", "unexpected_keys: decoder.x"),
+        ("shape", "mismatched_keys: encoder.final_layer_norm.weight$"),
+        ("nan", "not finite: encoder.final_layer_norm.weight"),
+    ],
+)
+def test_a_bad_folder_is_told_in_one_line(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], fault: str, told: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config, weights = (
+        copy / "text_encoder" / name for name in ("config.json", "model.safetensors")
+    )
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
     name = "encoder.final_layer_norm.weight"
-    if fault == "no tokenizer":
-        shutil.rmtree(copy / "tokenizer")
-    elif fault == "missing":
-        del tensors[name]
-        save_file(tensors, weights, {"format": "pt"})
-    elif fault == "truncated":
+    match fault:
+        case "no tokenizer":
+            shutil.rmtree(copy / "tokenizer")
+        case "no words":
+            (copy / "tokenizer" / "tokenizer.json").unlink()
+        case "damaged words":
+            (copy / "tokenizer" / "tokenizer.json").write_text("{")
+        case "no config":
+            config.unlink()
+        case "a t5":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "t5"}))
+        case "few words":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 33}))
+            tensors["shared.weight"] = tensors["shared.weight"][:33].clone()
+        case "missing":
+            del tensors[name]
+        case "unexpected":
+            tensors["decoder.x"] = torch.ones(3)
+        case "shape":
+            tensors[name] = torch.ones(3)
+        case "nan":
+            tensors[name][1] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    if fault == "truncated":
         weights.write_bytes(weights.read_bytes()[:2000])
-    elif fault == "shape":
-        tensors[name] = torch.ones(3)
-        save_file(tensors, weights, {"format": "pt"})
-    else:
+    elif fault == "empty":
         weights.unlink()
-    with pytest.raises(ValueError) as error:
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=told) as error:
         load_prompt_encoder(copy, length=LENGTH)
     assert "\n" not in str(error.value) and str(copy) in str(error.value)
+    assert capfd.readouterr() == ("", "")  # transformers' own report would be many lines
