@@ -102,15 +102,19 @@ class Context:
             poses: at the end of each frame, in worlds that have poses.
         """
         self._drop_staged(block, level)
-        entries = []
+        entries: list[Entry] = []
         per_frame = self.pool.shape.tokens
         room = self.config.sink - len(self.table.sink)
-        for i, (frame, pose) in enumerate(zip_longest(frames, poses)):
-            format_ = self.config.formats[0 if i < room else 2]
-            page = self.pool.acquire(PageKind(per_frame, format_))
-            rows = slice(i * per_frame, (i + 1) * per_frame)
-            self.pool.write(page, keys[:, :, rows], values[:, :, rows])
-            entries.append(Entry(frame, page, pose=pose))
+        try:
+            for i, (frame, pose) in enumerate(zip_longest(frames, poses)):
+                format_ = self.config.formats[0 if i < room else 2]
+                page = self.pool.acquire(PageKind(per_frame, format_))
+                rows = slice(i * per_frame, (i + 1) * per_frame)
+                self.pool.write(page, keys[:, :, rows], values[:, :, rows])
+                entries.append(Entry(frame, page, pose=pose))
+        except BaseException:
+            self._release(set(entries))  # no memory for the rest: none of it is kept
+            raise
         asked = None
         if queries is not None:
             asked = queries.float().unflatten(2, (len(entries), -1)).mean(3)  # [L, H, frames, D]

@@ -142,9 +142,10 @@ def test_diffusers_reads_it_and_gives_the_same_first_block(folder: Path) -> None
 
 def test_a_plain_diffusers_folder_takes_a_preset(folder: Path, tmp_path: Path) -> None:
     WanPipeline.from_pretrained(folder).save_pretrained(tmp_path / "plain")
-    with pytest.warns(UserWarning, match=r"shift=5.0 \(not 8.0\)"):
+    with pytest.warns(UserWarning, match=r"causvid wins over .*shift=8.0 \(not 5.0\)"):
         world = World.from_pretrained(tmp_path / "plain", torch.float32, preset="causvid")
-    assert world.config.name == "causvid" and world.config.shift == 5.0
+    assert world.config.name == "causvid" and world.config.shift == 8.0
+    assert World.from_pretrained(tmp_path / "plain", torch.float32).config.shift == 5.0
     assert world.config.grid == "plain" and (world.config.height, world.config.width) == (480, 832)
     with pytest.raises(ValueError, match="unknown preset 'sora': choose self-forcing"):
         World.from_pretrained(tmp_path / "plain", preset="sora")
@@ -163,6 +164,17 @@ def test_saving_and_loading_change_nothing(folder: Path, tmp_path: Path) -> None
     ours, theirs = (next(w.stream("a maze", seed=1, blocks=1)) for w in (world, again))
     assert torch.equal(ours.latents, theirs.latents) and np.array_equal(ours.frames, theirs.frames)
     assert WanPipeline.from_pretrained(tmp_path / "again").transformer is not None
+
+
+def test_saving_leaves_strangers_files_alone(folder: Path, tmp_path: Path) -> None:
+    world = World.from_pretrained(folder, torch.float32)
+    world.save_pretrained(tmp_path / "again")
+    strange = tmp_path / "again" / "transformer" / "notes.txt"
+    strange.write_text("mine")
+    (strange.parent / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    world.save_pretrained(tmp_path / "again")
+    assert strange.read_text() == "mine"
+    World.from_pretrained(tmp_path / "again", torch.float32)
 
 
 def test_a_generator_alone_has_latents_only(tmp_path: Path) -> None:

@@ -228,6 +228,9 @@ def test_a_guided_session_forks_and_keeps_its_promise(world: World, embeds: Tens
         ({"positions": "relative"}, "positions must be one of"),
         ({"pictures": np.zeros((64, 96, 3), np.uint8)}, "reads no pictures"),
         ({"guidance": -1.0}, "guidance must be 0 or more"),
+        ({"negative_prompt": "blur"}, "does nothing without guidance"),
+        ({"given": torch.zeros(1, 4, 3, 8, 12)}, "given latents must be"),
+        ({"given": torch.zeros(3, 8, 12)}, "given latents must be"),
         ({"noise": lambda *_: torch.zeros(1)}, "noise must be"),
     ],
 )
@@ -240,3 +243,31 @@ def test_what_cannot_be_is_told_in_one_line(
     with pytest.raises(ValueError, match=said) as error:
         world.session(**given).step()
     assert "\n" not in str(error.value)
+
+
+def test_what_is_refused_leaves_nothing_promised(world: World, embeds: Tensor) -> None:
+    pool = world.pool_of((64, 96))
+    with world.session(prompt_embeds=embeds, window=6, **SIZE):
+        pass
+    before = pool.nbytes
+    for _ in range(3):
+        with pytest.raises(ValueError, match="given latents must be"):
+            world.session(prompt_embeds=embeds, window=6, given=torch.zeros(1, 4, 3, 8, 12), **SIZE)
+    with world.session(prompt_embeds=embeds, window=6, **SIZE) as session:
+        session.step()
+        assert pool.nbytes == before
+
+
+def test_window_words_keep_the_rest_of_the_worlds_cache() -> None:
+    world = World.from_single_file(GOLDEN / "model_sf.safetensors", preset="longlive")
+    assert world._windowed(None, 9, 3, None).endswith("recent=3,positions=absolute,prompt=recache")
+    assert world._windowed(None, ..., None, "packed").startswith("sink=3,recent=6,positions=packed")
+
+
+def test_a_fork_of_a_given_beginning_goes_on(world: World, embeds: Tensor) -> None:
+    given = torch.randn(1, 16, 3, 8, 12, generator=torch.Generator().manual_seed(4))
+    with world.session(prompt_embeds=embeds, given=given, window=6, **SIZE) as session:
+        given.zero_()  # the session has its own
+        with session.fork() as twin:
+            assert torch.equal(twin.step().latents, session.step().latents)
+        assert session.given[0].latents.any()

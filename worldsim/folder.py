@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -95,8 +96,9 @@ def write_folder(
         if name == TRANSFORMER and not model.config.action_dim:
             from worldsim.models.checkpoints import save_transformer
 
-            shutil.rmtree(target / name, ignore_errors=True)
-            save_transformer(model, target / name)
+            with TemporaryDirectory(dir=target) as scratch:
+                save_transformer(model, Path(scratch) / name)
+                _replace_weights(Path(scratch) / name, target / name)
         elif name == TEXT and (tokenizer := getattr(model, "tokenizer", None)) is not None:
             model.save_pretrained(target)  # beside its tokenizer
             assert tokenizer is not None
@@ -108,6 +110,17 @@ def write_folder(
     if class_of(target / DECODER) == WAN_VAE and class_of(target / TEXT) == WAN_TEXT:
         _write_index(target, config)
     config.save(target)  # last: a folder without it is no world
+
+
+def _replace_weights(new: Path, old: Path) -> None:
+    """Put a model's files in the place of older ones, shards and all; other files are not ours."""
+    old.mkdir(exist_ok=True)
+    written = {path.name for path in new.iterdir()}
+    for path in new.iterdir():
+        path.replace(old / path.name)
+    for path in old.glob("diffusion_pytorch_model*.safetensors*"):
+        if path.name not in written:
+            path.unlink()
 
 
 def _write_index(target: Path, config: WorldConfig) -> None:
@@ -156,6 +169,9 @@ def config_of(folder: Path, preset: str | None) -> WorldConfig:
     scheduler = folder / SCHEDULER / "scheduler_config.json"
     said = json.loads(scheduler.read_text()) if scheduler.is_file() else {}
     shift = float(said.get("flow_shift", said.get("shift", chosen.shift)))
+    if preset is not None:  # a scheduler is that of the model before it was made causal
+        _tell({"shift": chosen.shift}, {"shift": shift}, f"{name} wins over {scheduler}")
+        return chosen
     _tell({"shift": shift}, {"shift": chosen.shift}, f"{scheduler} wins over {name}")
     return replace(chosen, shift=shift)
 

@@ -138,6 +138,8 @@ class Loaded:
             raise ValueError("quantised weights are not saved: save the world before quantising it")
         if getattr(self.transformer, "peft_config", None):
             raise ValueError("a world is saved without its LoRA: unload_lora() first")
+        if self.autoencoder is not None and not hasattr(self.autoencoder, "save_pretrained"):
+            raise ValueError("a tiny decoder is not saved: load the world without decoder= first")
         write_folder(Path(folder), self.config, self._models())
 
     def to(self: L, *targets: torch.device | str | torch.dtype) -> L:

@@ -27,7 +27,8 @@ def read_pictures(source: Any, size: tuple[int, int]) -> Tensor:
         except (OSError, UnidentifiedImageError) as error:
             reason = "there is none" if isinstance(error, FileNotFoundError) else "it is no picture"
             raise ValueError(f"cannot read {str(source)!r}: {reason}") from None
-    pixels = np.asarray(source)
+    convert = getattr(source, "convert", None)  # PIL's, of whatever mode
+    pixels = np.asarray(source if convert is None else convert("RGB"))
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-1] != 3:
         raise ValueError(
             f"pictures must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}"

@@ -78,6 +78,13 @@ def denoise(
         on_step: sees each cell and its prediction.
         known: frames that are given.
     """
+    if known is not None:
+        if known.frames.shape != shape[2:3] or tuple(known.latents.shape) != shape:
+            raise ValueError(
+                f"known needs frames [{shape[2]}] and latents {list(shape)}, got "
+                f"{list(known.frames.shape)} and {list(known.latents.shape)}"
+            )
+        known = Known(known.frames.to(device), known.latents.to(device), known.timestep)
     listed = list(cells)
     first = listed[0]
     x = _ours(noise(first.block, 0, shape).to(device))
@@ -132,6 +139,7 @@ def commit(
     frames = range(start, start + count)
     for view in views:
         view.context.stage(cell.block, cell.level, frames, *view.staged(count), poses=poses)
+    for view in views:  # only now: all of them or none
         view.context.commit(cell.block, cell.level, only)
 
 

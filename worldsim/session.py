@@ -120,8 +120,12 @@ class Session:
         ]
         self._needs = sum((context.needs(frames) for context in contexts), Counter[PageKind]())
         pool.reserve(self._needs)
-        # One for the prompt and, where a negative one guides, one for that.
-        self.views = [ContextView(context, frames, settings.attention) for context in contexts]
+        try:
+            # One for the prompt and, where a negative one guides, one for that.
+            self.views = [ContextView(context, frames, settings.attention) for context in contexts]
+        except BaseException:
+            pool.give_back(self._needs)  # out of memory: nobody may keep a promise of pages
+            raise
         self._noise = noise
         self._closed = False
         self._pending: _Made | None = None  # its context pass has not run yet
@@ -190,10 +194,9 @@ class Session:
 
         ``known``: frames of it that are given, and only guide the others (a last picture, say).
         """
-        block = self.denoise(keys, on_step, known)
         for given in self.given[self.decoded :]:
             self.decode(given)  # the decoder remembers what it began with
-        return self.decode(block)
+        return self.decode(self.denoise(keys, on_step, known))
 
     def __iter__(self) -> Iterator[Block]:
         """Blocks for ever."""
@@ -251,7 +254,9 @@ class Session:
         applied = self._applied((IDLE,) * frames if keys is None else keys)
         conditioning, poses = self._conditioning(applied)
         self._prepare(self.frame, frames, poses)
-        block = Block(self.block, self.frame, latents.to(self.world.device).float(), applied)
+        # A copy: its context pass comes later, and by then the caller's may be something else.
+        own = latents.detach().to(self.world.device, torch.float32, copy=True)
+        block = Block(self.block, self.frame, own, applied)
         block.timings.update(commit=0.0, denoise=0.0)  # it was neither waited for nor made
         self._accept(_Made(block, conditioning, poses))
         return block
@@ -269,8 +274,8 @@ class Session:
             raise ValueError(
                 f"block {block.index} cannot be decoded now: the next one is {self.decoded}"
             )
-        self.decoded += 1
         self.carry = decode(self.world.autoencoder, block, self.carry)
+        self.decoded += 1
         return block
 
     @torch.inference_mode()
@@ -366,6 +371,7 @@ class Session:
         twin.block, twin.frame, twin.held = self.block, self.frame, self.held
         twin.pose, twin.carry, twin.decoded = self.pose, self.carry, self.decoded
         twin._asked_before = self._asked_before
+        twin.given = [replace(block) for block in self.given]
         for view, mine in zip(twin.views, self.views, strict=True):
             view.context = mine.context.fork()
         twin._made.extend(self._made)

@@ -244,23 +244,29 @@ class World(Loaded):
             if given is not None:
                 raise ValueError("give latents or pictures, not both")
             given = self.encoded(read_pictures(pictures, size))
+        if given is not None and given.ndim != 5:
+            raise ValueError(f"given latents must be [1, C, F, h, w], got {list(given.shape)}")
         if given is not None and independent_first_frame is None:
             left_over = given.shape[2] % self.config.block_frames
             independent_first_frame = True if left_over == 1 else None
-        own = self.settings(seed, steps, cache, schedule)
-        alone = independent_first_frame
-        settings = replace(
-            own,
-            size=size,
-            guidance=own.guidance if guidance is None else guidance,
-            negative_prompt=own.negative_prompt if negative_prompt is None else negative_prompt,
-            independent_first_frame=own.independent_first_frame if alone is None else alone,
+        settings = self.settings(
+            seed, steps, cache, schedule, guidance, negative_prompt, size, independent_first_frame
         )
+        unwanted = (negative_prompt, negative_prompt_embeds)
+        if settings.rows == 1 and unwanted != (None, None):
+            raise ValueError(
+                "a negative prompt does nothing without guidance: give guidance=3, say"
+            )
         frames = 0 if given is None else given.shape[2]
         if (frames - settings.independent_first_frame) % self.config.block_frames and frames:
             raise ValueError(
                 f"given latents have {frames} frames, which are no whole blocks of "
                 f"{self.config.block_frames}"
+            )
+        if given is not None and given.shape != self.latents_of(size, frames):
+            raise ValueError(
+                f"given latents must be {list(self.latents_of(size, frames))}, got "
+                f"{list(given.shape)}"
             )
         asked = self.ask(settings, prompt, prompt_embeds, negative_prompt_embeds)
         session = Session(self, settings, asked, noise)
@@ -295,16 +301,21 @@ class World(Loaded):
         """A cache line out of the field's words for it."""
         if line is not None:
             raise ValueError("give a cache line, or window, sink and positions, not both")
-        own = self.config.cache_config()
-        said = {"sink": own.sink if sink is None else sink}
+        block, own = self.config.block_frames, self.config.cache_config()
+        kept = own.sink if sink is None else sink
+        read: int | None
         if window is ...:
-            read = None if own.recent is None else own.sink + own.recent + self.config.block_frames
+            read = None if own.recent is None else own.sink + own.recent + block
         else:
             read = window
-        fields = [f"{name}={value}" for name, value in said.items()]
-        fields.append("recent=all" if read is None else f"window={read}")
-        fields.append(f"positions={positions or own.positions}")
-        return ",".join(fields)
+        if read is not None and read < kept + block:
+            raise ValueError(
+                f"cache: window={read} is too small for sink={kept} and a block of {block}; it "
+                f"needs at least {kept + block}"
+            )
+        recent = None if read is None else read - kept - block
+        said = {"sink": kept, "recent": recent, "positions": positions or own.positions}
+        return replace(own, **said).line()  # type: ignore[arg-type]
 
     def settings(
         self,
@@ -312,9 +323,14 @@ class World(Loaded):
         steps: int | None = None,
         cache: str | None = None,
         schedule: str | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | None = None,
+        independent_first_frame: bool | None = None,
     ) -> Settings:
         """What a session is opened with: the world's own settings, but for what is given."""
-        listed, sampler = self.config.sampling(steps, schedule)
+        own, alone = self.config, independent_first_frame
+        listed, sampler = own.sampling(steps, schedule)
         kept = self.config.cache_config(cache)
         check_form(kept, self.actions.camera)
         return Settings(
@@ -324,10 +340,10 @@ class World(Loaded):
             sampler=sampler,
             dtype=str(self.dtype).removeprefix("torch."),
             attention=self.attention,
-            size=(self.config.height, self.config.width),
-            guidance=self.config.guidance,
-            negative_prompt=self.config.negative_prompt,
-            independent_first_frame=self.config.independent_first_frame,
+            size=(own.height, own.width) if size is None else size,
+            guidance=own.guidance if guidance is None else guidance,
+            negative_prompt=own.negative_prompt if negative_prompt is None else negative_prompt,
+            independent_first_frame=own.independent_first_frame if alone is None else alone,
         )
 
     def memory_report(self, cache: str | None = None) -> MemoryReport:
@@ -388,7 +404,8 @@ class World(Loaded):
         if blocks is not None and blocks < 1:
             raise ValueError(f"a stream needs at least one block, got {blocks}")
         script = self.script(prompt, controls)
-        self.settings(seed, steps, cache, schedule)
+        settings = self.settings(seed, steps, cache, schedule, guidance, negative_prompt)
+        self.ask(settings, script.prompt(0))
         size = (self.config.height, self.config.width)
         given = None if pictures is None else self.encoded(read_pictures(pictures, size))
         opened = partial(
@@ -434,7 +451,7 @@ class World(Loaded):
         on_step: OnStep | None,
     ) -> Iterator[Block]:
         with opened() as session:
-            for block in session.given:
+            for block in session.given[:blocks]:
                 yield session.decode(block) if decoding else block
             while blocks is None or session.block < blocks:
                 block = session.denoise(session.follow(script), on_step)
@@ -495,7 +512,11 @@ class World(Loaded):
             def on_step(cell: Cell, x0: Tensor) -> None:
                 told(self, cell.level, cell.timestep, {"latents": x0})
 
-        count = self.blocks_for(num_frames, None if image is None else True)
+        alone = None
+        if image is not None:
+            image = read_pictures(image, (self.config.height, self.config.width)).numpy()
+            alone = (1 + (len(image) - 1) // GROUP) % self.config.block_frames == 1 or None
+        count = self.blocks_for(num_frames, alone)
         blocks = self.stream(
             prompt, controls, seed, count, num_inference_steps, cache,
             decoding=output_type != "latent", on_step=on_step, guidance=guidance_scale,
