@@ -267,7 +267,7 @@ def test_sharded_folders(tmp_path: Path) -> None:
         load_transformer(tmp_path)
     shards[0].write_bytes(whole)
     (tmp_path / WEIGHTS).write_bytes(whole)
-    with pytest.raises(ValueError, match="either"):
+    with pytest.raises(ValueError, match="holds both"):
         load_transformer(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     # An index leads nowhere but into its own folder.
