@@ -50,6 +50,18 @@ class Autoencoder(Decoder, Protocol):
     def encode(self, pictures: Tensor, carry: Carry = None) -> tuple[Tensor, Carry]: ...
 
 
+def latent_size(height: int, width: int, space: int) -> tuple[int, int]:
+    """Size of a latent frame for pictures of ``height × width``, ``space`` pixels to each side of a
+    latent pixel.
+
+    Raises:
+        ValueError: if ``space`` does not divide the size.
+    """
+    if height % space or width % space or min(height, width) <= 0:
+        raise ValueError(f"picture size {height}×{width} must be a multiple of {space}")
+    return height // space, width // space
+
+
 class MemoryBlock(nn.Module):
     """Residual block over the current and the previous latent frame."""
 
@@ -127,9 +139,7 @@ class CausalAutoencoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if 8 does not divide the size.
         """
-        if height % SPACE or width % SPACE or min(height, width) <= 0:
-            raise ValueError(f"picture size {height}×{width} must be a multiple of {SPACE}")
-        return height // SPACE, width // SPACE
+        return latent_size(height, width, SPACE)
 
     def carry_nbytes(self, height: int, width: int) -> int:
         """Bytes that decoding a stream of ``height × width`` latent pixels carries along."""

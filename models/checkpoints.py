@@ -8,7 +8,7 @@ in memory once. How a world runs (steps, shift, context) is no matter of this fi
 import json
 import math
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -191,6 +191,7 @@ def mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def unpickled(path: Path) -> Any:
+    """What torch saved, without running any code of it."""
     try:
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError:
@@ -205,13 +206,27 @@ def unpickled(path: Path) -> Any:
         ) from None
 
 
-def _nested(found: Any, path: Path) -> dict[str, Tensor]:
-    """The dictionary of tensors that a training run's state keeps the generator in."""
-    while isinstance(found, dict):
-        inner = [found[name] for name in NESTS if isinstance(found.get(name), dict)]
+def innermost(found: Any, nests: Iterable[str]) -> Any:
+    """What lies under the first of these names, and under the first of them there, and so on."""
+    while isinstance(found, Mapping):
+        inner = [found[name] for name in nests if isinstance(found.get(name), Mapping)]
         if not inner:
             break
         found = inner[0]
+    return found
+
+
+def bare_name(name: str, in_front: Container[str]) -> str:
+    """A tensor's name without what wrappers leave in it, nor any of the words ``in_front``."""
+    parts = [part for part in name.split(".") if part not in ANYWHERE]
+    while parts and parts[0] in in_front:
+        del parts[0]
+    return ".".join(parts)
+
+
+def _nested(found: Any, path: Path) -> dict[str, Tensor]:
+    """The dictionary of tensors that a training run's state keeps the generator in."""
+    found = innermost(found, NESTS)
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path} holds no dictionary of tensors")
     strange = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
@@ -261,10 +276,7 @@ def _parsed(text: str | bytes, source: Path) -> dict[str, Any]:
 def _unwrapped(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        parts = [part for part in name.split(".") if part not in ANYWHERE]
-        while parts and parts[0] in IN_FRONT:
-            del parts[0]
-        bare = ".".join(parts)
+        bare = bare_name(name, IN_FRONT)
         if bare in tensors:
             raise ValueError(f"{path} holds {bare} twice, under different prefixes")
         tensors[bare] = tensor

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldsim.models.autoencoder import Carry
+from worldsim.models.autoencoder import Carry, latent_size
 from worldsim.models.weights import cast, check_fit
 
 BLOCKS = 3  # memory blocks at each size
@@ -109,9 +109,7 @@ class TinyDecoder(nn.Module):
         Raises:
             ValueError: if `space` does not divide the size.
         """
-        if height % self.space or width % self.space or min(height, width) <= 0:
-            raise ValueError(f"picture size {height}×{width} must be a multiple of {self.space}")
-        return height // self.space, width // self.space
+        return latent_size(height, width, self.space)
 
     def carry_nbytes(self, height: int, width: int) -> int:
         """Bytes that decoding a stream of ``height × width`` latent pixels carries along."""

@@ -11,7 +11,7 @@ import ftfy
 import torch
 from torch import Tensor, nn
 
-from worldsim.models.weights import CONFIG, check_fit, read_config
+from worldsim.models.weights import CONFIG, check_fit, first_line, read_config
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 KIND, TIED, WORDS = "umt5", "encoder.embed_tokens.weight", "tokenizer.json"
@@ -98,7 +98,7 @@ def _tokenizer(folder: Path) -> Any:
         with _quiet():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ValueError(f"{folder} is no tokenizer: {_first_line(error)}") from None
+        raise ValueError(f"{folder} is no tokenizer: {first_line(error)}") from None
     if tokenizer.pad_token is None:
         raise ValueError(f"{folder} names no pad_token, and prompts are padded")
     return tokenizer
@@ -118,7 +118,7 @@ def _model(folder: Path, dtype: torch.dtype) -> Any:
                 output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:
-        raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from None
+        raise ValueError(f"{folder} cannot be read: {first_line(error)}") from None
     # What is missing was filled with random numbers. The embedding may be there once only, and
     # transformers 5.0 to 5.2 then leave its second name random, where Wan's config says "untied".
     model.set_input_embeddings(model.get_input_embeddings())
@@ -147,7 +147,3 @@ def _quiet() -> Iterator[None]:
 
 def _name(key: str | tuple[Any, ...]) -> str:
     return key if isinstance(key, str) else str(key[0])  # or with its two shapes
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

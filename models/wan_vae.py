@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from worldsim.models.autoencoder import Carry
+from worldsim.models.autoencoder import Carry, latent_size
 from worldsim.models.weights import load_model
 
 # A carry is here what diffusers calls a feature cache: of each causal convolution, in the order of
@@ -69,9 +69,7 @@ class WanAutoencoder(nn.Module):
         Raises:
             ValueError: if `space` does not divide the size.
         """
-        if height % self.space or width % self.space or min(height, width) <= 0:
-            raise ValueError(f"picture size {height}×{width} must be a multiple of {self.space}")
-        return height // self.space, width // self.space
+        return latent_size(height, width, self.space)
 
     def carry_nbytes(self, height: int, width: int) -> int:
         """Bytes that decoding a stream of ``height × width`` latent pixels carries along, from its

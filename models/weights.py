@@ -78,6 +78,11 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
     return model
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, for one line of ours."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())

@@ -99,9 +99,8 @@ def write_folder(
             with TemporaryDirectory(dir=target) as scratch:
                 save_transformer(model, Path(scratch) / name)
                 _replace_weights(Path(scratch) / name, target / name)
-        elif name == TEXT and (tokenizer := getattr(model, "tokenizer", None)) is not None:
+        elif name == TEXT and hasattr(model, "tokenizer"):
             model.save_pretrained(target)  # beside its tokenizer
-            assert tokenizer is not None
         else:
             model.save_pretrained(target / name)
     for name in (DECODER, TEXT, TOKENIZER, SCHEDULER):
@@ -159,6 +158,7 @@ def _transformer(folder: Path, dtype: torch.dtype) -> CausalWanTransformer3DMode
 
 
 def config_of(folder: Path, preset: str | None) -> WorldConfig:
+    """How a folder is run: as it says itself, else by a preset; see `read_folder`."""
     if (folder / FILE).is_file() or not (folder / INDEX).is_file():
         own = WorldConfig.load(folder)
         if preset is not None:

@@ -20,10 +20,17 @@ import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading as rehook
 from torch import Tensor, nn
 
-from worldsim.models.checkpoints import ANYWHERE, IN_FRONT, NESTS, PICKLED
-from worldsim.models.checkpoints import mapped as mapped
-from worldsim.models.checkpoints import unpickled as unpickled
+from worldsim.models.checkpoints import (
+    IN_FRONT,
+    NESTS,
+    PICKLED,
+    bare_name,
+    innermost,
+    mapped,
+    unpickled,
+)
 from worldsim.models.transformer import CausalWanTransformer3DModel
+from worldsim.models.weights import first_line
 
 Source = str | Path | Mapping[str, Any]
 Tensors = dict[str, Tensor]
@@ -68,7 +75,7 @@ def load_lora(
     except Exception as error:
         if not lora_names(transformer):
             transformer.unload_lora()
-        raise ValueError(f"peft cannot add LoRA {name!r}: {_first_line(error)}") from None
+        raise ValueError(f"peft cannot add LoRA {name!r}: {first_line(error)}") from None
     transformer.set_adapter(lora_names(transformer))
     for module in transformer.modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
@@ -154,11 +161,7 @@ def _stored(source: Source, where: str) -> tuple[Mapping[str, Any], Mapping[str,
             found = unpickled(path)
         else:
             raise ValueError(f"{path} must end in .safetensors, {', '.join(PICKLED)}")
-    while isinstance(found, Mapping):
-        inner = [found[nest] for nest in LORA_NESTS if isinstance(found.get(nest), Mapping)]
-        if not inner:
-            break
-        found = inner[0]
+    found = innermost(found, LORA_NESTS)
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{where} holds no dictionary of tensors")
     return found, {name.removeprefix("transformer."): value for name, value in told.items()}
@@ -170,10 +173,7 @@ def _bare(stored: Mapping[str, Any], where: str) -> Tensors:
     for name, tensor in stored.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{where} holds {name!r}, which is no tensor")
-        parts = [part for part in name.split(".") if part not in ANYWHERE]
-        while parts and parts[0] in LORA_FRONT:
-            del parts[0]
-        bare = ".".join(parts)
+        bare = bare_name(name, LORA_FRONT)
         if not bare.startswith(MUSUBI):
             bare = bare.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
             # peft's models name the adapter as well: lora_A.default.weight
@@ -251,7 +251,3 @@ def _target(name: str) -> str:
 def _check_peft() -> None:
     if find_spec("peft") is None:
         raise ValueError("LoRA needs peft: pip install 'worldsim[lora]'")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

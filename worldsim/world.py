@@ -24,7 +24,15 @@ from worldsim.config import Settings, WorldConfig
 from worldsim.controls import ActionSpec, Keys, parse_prompts
 from worldsim.loaded import Loaded
 from worldsim.memory import MemoryReport, report
-from worldsim.models.autoencoder import GROUP, SPACE, Autoencoder, Carry, Decoder, from_pictures
+from worldsim.models.autoencoder import (
+    GROUP,
+    SPACE,
+    Autoencoder,
+    Carry,
+    Decoder,
+    from_pictures,
+    latent_size,
+)
 from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.words import TextEncoder
 from worldsim.output import OUTPUTS, WorldOutput, as_output
@@ -113,12 +121,8 @@ class World(Loaded):
         Raises:
             ValueError: for a size that the models cannot make.
         """
-        if self.autoencoder is not None:
-            height, width = self.autoencoder.latent_size(*size)
-        elif size[0] % SPACE or size[1] % SPACE:
-            raise ValueError(f"picture size {size[0]}×{size[1]} must be a multiple of {SPACE}")
-        else:
-            height, width = size[0] // SPACE, size[1] // SPACE
+        decoder = self.autoencoder
+        height, width = latent_size(*size, SPACE) if decoder is None else decoder.latent_size(*size)
         self.transformer.grid(height, width)
         return (1, self.transformer.config.in_channels, frames, height, width)
 
