@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from worldsim.apps.length import length
 from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.setting import Setting
-from worldsim.session import Block
+from worldsim.state import Block
 from worldsim.streaming.overlap import overlapped
 from worldsim.streaming.pipeline import Writer
 from worldsim.streaming.sinks import SinkClosed, check_writable, open_sink

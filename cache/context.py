@@ -36,7 +36,8 @@ class Event(Enum):
 
     FLUSH = "flush"  # only the sink and the newest frame stay
     CUT = "cut"  # the next block begins a new scene: for it, everything is far away
-    REOPEN = "reopen"  # recent frames go, to be committed anew (recache)
+    RECACHE = "recache"  # recent frames are committed anew, which is the session's work
+    REOPEN = "reopen"  # and before that they go
     RESET = "reset"  # everything goes
 
 
@@ -183,12 +184,22 @@ class Context:
         self.table, self.newest = self._last.before, self._last.previous
         self._last = None
 
+    def restore(self, table: Table, newest: int | None) -> None:
+        """Go on from a table over pages of the same pool; they are shared, and later commits are
+        this context's own. What was staged is dropped; no commit before it can be aborted."""
+        for entry in table:
+            self.pool.retain(entry.page)
+        for key in list(self._staged):
+            self._drop_staged(*key)
+        gone = set(self.table) | (set(self._last.before) if self._last else set())
+        self.table, self.newest, self._last = table, newest, None
+        # One reference to each page is this context's, also where it was held before.
+        self._release(gone)
+
     def fork(self) -> "Context":
         """A second table over the same pages; each side's later commits are its own."""
         twin = Context(self.pool, self.config, self.camera)
-        twin.table, twin.newest = self.table, self.newest
-        for entry in self.table:
-            self.pool.retain(entry.page)
+        twin.restore(self.table, self.newest)
         return twin
 
     def close(self) -> None:

@@ -8,7 +8,9 @@ tables share a page (copy-on-write).
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import NamedTuple
 
@@ -77,6 +79,7 @@ class PagePool:
         self._made: dict[PageKind, int] = defaultdict(int)
         self._promised: dict[PageKind, int] = defaultdict(int)
         self._lock = Lock()  # streams of one world may run on threads of their own
+        self._dropped: SimpleQueue[Sequence[int]] = SimpleQueue()
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +88,7 @@ class PagePool:
 
     @property
     def free_pages(self) -> int:
+        self._collect()
         return sum(map(len, self._free.values()))
 
     @property
@@ -123,6 +127,7 @@ class PagePool:
 
     def acquire(self, kind: PageKind) -> int:
         """Take a free page (one reference). Grows the pool only where nobody reserved enough."""
+        self._collect()
         with self._lock:
             if not self._free[kind]:
                 self._grow(kind, 1)
@@ -148,6 +153,19 @@ class PagePool:
             self._count[page] -= 1
             if self._count[page] == 0:
                 self._free[self._pages[page].kind].append(page)
+
+    def drop(self, pages: Sequence[int]) -> None:
+        """Drop a reference to each of these pages, some time before a page is next asked for.
+
+        For finalizers: garbage is collected anywhere, also while this very thread holds the lock.
+        """
+        self._dropped.put(pages)
+
+    def _collect(self) -> None:
+        while not self._dropped.empty():
+            with suppress(Empty):  # another thread was faster
+                for page in self._dropped.get_nowait():
+                    self.release(page)
 
     # --- what is in them --------------------------------------------------------------------------
     def kind(self, page: int) -> PageKind:

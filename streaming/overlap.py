@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Generator, Iterator
 
-from worldsim.session import Block
+from worldsim.state import Block
 from worldsim.streaming.pipeline import Writer, prefetch
 from worldsim.world import World
 

@@ -30,7 +30,8 @@ from worldsim.models.umt5 import PromptEncoder
 from worldsim.models.wan_vae import WanAutoencoder
 from worldsim.models.weights import cast
 from worldsim.presets import PRESETS
-from worldsim.session import Applied, Block, decode
+from worldsim.session import decode
+from worldsim.state import Applied, Block
 from worldsim.world import World
 
 GENERATOR = Path(__file__).parent / "golden" / "model_sf.safetensors"

@@ -16,7 +16,8 @@ from worldsim.cache.context import Event
 from worldsim.controls import parse_prompts
 from worldsim.maze.recipe import TINY
 from worldsim.script import Script
-from worldsim.session import Block, Session
+from worldsim.session import Session
+from worldsim.state import Block
 from worldsim.world import World
 
 LINES = (
@@ -81,7 +82,9 @@ def test_a_session_holds_what_was_promised(line: str) -> None:
         assert sum(mean.nbytes for mean in means) <= promised.summaries
         assert session.view.nbytes == promised.scratch
         assert sum(x.nbytes for x in session.carry or ()) == promised.carry
-        latents = [made.block.latents.nbytes for made in (*session._made, session._pending) if made]
+        latents = [
+            made.block.latents.nbytes for made in (*session.now.made, session._pending) if made
+        ]
         assert sum(latents) == promised.latents
         assert promised.session == sum((
             promised.context, promised.summaries, promised.scratch, promised.carry,

@@ -17,7 +17,8 @@ from worldsim.maze.autoencoder_stage import set_statistics
 from worldsim.maze.recipe import TINY
 from worldsim.models.autoencoder import CausalAutoencoder
 from worldsim.schedule import Cell
-from worldsim.session import Block, Session
+from worldsim.session import Session
+from worldsim.state import Block
 from worldsim.world import World
 
 W, L = frozenset({"KeyW"}), frozenset({"KeyL"})

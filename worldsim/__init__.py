@@ -8,13 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worldsim.session import Block, Session
+    from worldsim.session import Session
+    from worldsim.state import Block
     from worldsim.world import World
 
 _HOME = {
     "World": "worldsim.world",
     "Session": "worldsim.session",
-    "Block": "worldsim.session",
+    "Block": "worldsim.state",
 }
 
 __all__ = ["Block", "Session", "World"]

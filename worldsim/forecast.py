@@ -105,7 +105,7 @@ def forecast(
     decode, pictures = _decoding(world, settings)
     return Forecast(
         weights=_weights(world),
-        kept=world.memory_of(settings, context),
+        kept=world.memory_of(settings, context, None, history=0),
         prompt=_prompt(world, settings),
         pictures=pictures,
         passes={

@@ -10,6 +10,7 @@ from worldsim.cache.pool import PageKind
 from worldsim.models.view import ContextView
 
 LATENT_BYTES = 4  # latents are float32
+KEPT = 16  # snapshots at most
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class MemoryReport:
         summaries: mean queries and keys by which a mid form chooses.
         scratch: rotated copies that attention reads, and staging rows.
         carry: what the decoder remembers.
+        history: pages that only snapshots hold, which a rewind starts from.
         latents: newest clean latents, kept to be committed anew, and those of the newest block.
         growth: what each further block adds; 0 where a cache is bounded.
     """
@@ -35,6 +37,7 @@ class MemoryReport:
     summaries: int
     scratch: int
     carry: int
+    history: int
     latents: int
     growth: int = 0
 
@@ -46,7 +49,8 @@ class MemoryReport:
     @property
     def session(self) -> int:
         """All that one more session needs."""
-        return self.context + self.summaries + self.scratch + self.carry + self.latents
+        beside = self.summaries + self.scratch + self.carry + self.history + self.latents
+        return self.context + beside
 
     def figures(self) -> dict[str, Any]:
         """Every number by its name, for tables and JSON."""
@@ -60,6 +64,7 @@ def report(
     carry: int,
     scratch: int | None = None,
     rows: int = 1,
+    history: int = 0,
 ) -> MemoryReport:
     """Of a session with this context, whether it runs yet or not.
 
@@ -68,11 +73,13 @@ def report(
         weights, carry: their bytes.
         scratch: what one of the session's views takes; None where it is not made yet.
         rows: contexts of the session, see `Settings.rows`.
+        history: bytes that its snapshots may keep.
     """
     cache, pool, frames = context.config, context.pool, latent_shape[2]
     sink, _, recent = (PageKind(pool.shape.tokens, format_) for format_ in cache.formats)
     held = len(context.table.recent) if cache.recent is None else cache.recent
     kept = latents_kept(cache, frames)
+    each = rows * sum(n * pool.page_nbytes(kind) for kind, n in context.needs(0).items())
     block = LATENT_BYTES * prod(latent_shape)
     frame = pool.page_nbytes(recent) + ContextView.bytes_per_frame(context)
     return MemoryReport(
@@ -85,6 +92,7 @@ def report(
         summaries=rows * context.form.nbytes,
         scratch=rows * (ContextView.bytes_needed(context, frames) if scratch is None else scratch),
         carry=carry,
+        history=snapshots_kept(history, each) * each,
         latents=(1 + (ceil(held / frames) if kept is None else kept)) * block,
         growth=0 if kept is not None else block + rows * frames * frame,
     )
@@ -93,3 +101,9 @@ def report(
 def latents_kept(cache: CacheConfig, block_frames: int) -> int | None:
     """How many finished blocks a session keeps to commit them anew; None: all."""
     return None if cache.recent is None else ceil(cache.recent / block_frames)
+
+
+def snapshots_kept(history: int, each: int) -> int:
+    """How many snapshots a session keeps beside its beginning, where each may hold pages of
+    ``each`` bytes that nobody else does; those of an endless context share all of them."""
+    return min(KEPT, history // each) if each else KEPT

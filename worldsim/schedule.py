@@ -106,6 +106,11 @@ class Schedule:
             )
         return cls(tuple(map(int, parts)), shift, context_timestep, grid=grid)
 
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """Levels at which a context is kept of earlier blocks."""
+        return (CLEAN,)
+
     def step_list(self, block: int) -> tuple[int, ...]:
         """The step list of a block."""
         return self.first_steps[block] if block < len(self.first_steps) else self.steps

@@ -1,19 +1,18 @@
 """One live world: all state that changes, changed only at block boundaries.
 
-A session holds its context (page table), the decoder's carry, the position, the prompt, the held
-keys, the dead-reckoned pose and the newest clean latents. Noise is a function of (seed, block,
-step), so this is everything.
+What a session goes on from is a `worldsim.state.Snapshot`: its moment, its page tables and what the
+decoder remembers. Noise is a function of (seed, block, step), so this is everything.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from threading import Event as Flag
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from worldsim.cache.context import Context, Event
@@ -21,79 +20,32 @@ from worldsim.cache.policy import Pose
 from worldsim.cache.pool import PageKind
 from worldsim.config import Settings
 from worldsim.controls import IDLE, Keys
-from worldsim.memory import MemoryReport, latents_kept
+from worldsim.history import PAST, History
+from worldsim.memory import MemoryReport, latents_kept, snapshots_kept
 from worldsim.models.autoencoder import Carry, Decoder, to_pictures
 from worldsim.models.transformer import Conditioning
 from worldsim.models.view import ContextView
 from worldsim.noise import noise
 from worldsim.parts import part
 from worldsim.rollout import Known, Noise, OnStep, commit, denoise
+from worldsim.schedule import CLEAN
 from worldsim.script import Script
+from worldsim.state import (
+    Applied,
+    Asked,
+    Block,
+    Change,
+    Decoding,
+    Made,
+    Moment,
+    Played,
+    Snapshot,
+)
 
 if TYPE_CHECKING:
     from worldsim.world import World
 
-
-@dataclass(frozen=True)
-class Applied:
-    """What a block was made under: held keys of each latent frame, the prompt, and whether it
-    begins a new scene."""
-
-    keys: tuple[Keys, ...]
-    prompt: str
-    cut: bool = False
-
-
-@dataclass
-class Block:
-    """One finished block.
-
-    Attributes:
-        index: absolute block number.
-        start: absolute index of its first latent frame.
-        latents: clean, normalised, float32 ``[1, C, F, h, w]``.
-        frames: pictures, uint8 ``[P, H, W, 3]``; empty until decoded.
-        applied: the controls it was made under.
-        timings: seconds spent by part (``commit`` is that of the block before).
-    """
-
-    index: int
-    start: int
-    latents: Tensor
-    applied: Applied
-    frames: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
-    timings: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """What is asked for in words.
-
-    Attributes:
-        prompt: the words; empty where only their embeddings were given.
-        embeds, negative: the text encoder's rows of the prompt and of the negative one, where they
-            were given instead.
-        keys, values: cross-attention K/V of each layer, ``[rows, heads, T, head_dim]``: a row for
-            each of the session's views.
-    """
-
-    prompt: str
-    embeds: Tensor | None
-    negative: Tensor | None
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    def same(self, other: "Asked") -> bool:
-        return self.prompt == other.prompt and self.embeds is other.embeds
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A finished block, what it was made under, and the pose at the end of each frame."""
-
-    block: Block
-    conditioning: Conditioning
-    poses: tuple[Pose, ...]
+Lanes = dict[int, list[ContextView]]  # of each lane, the views of its rows
 
 
 class Session:
@@ -102,36 +54,113 @@ class Session:
     """
 
     def __init__(
-        self, world: "World", settings: Settings, asked: Asked, noise: Noise | None = None
+        self,
+        world: "World",
+        settings: Settings,
+        asked: Asked,
+        noise: Noise | None = None,
+        history: int = 0,
+        awake: bool = True,
     ) -> None:
         self.world = world
         self.settings = settings
-        self.block = 0  # number of the next block
-        self.frame = 0  # absolute index of its first latent frame
-        self.asked = asked
-        self.held: Keys = IDLE
-        self.pose = np.zeros(3)
-        self.carry: Carry = None
-        self.decoded = 0  # number of the next block to decode
-        self.given: list[Block] = []  # its first blocks, where it was given some
-        pool, frames = world.pool_of(settings.size), world.config.block_frames
-        contexts = [
-            Context(pool, settings.cache, world.actions.camera) for _ in range(settings.rows)
-        ]
-        self._needs = sum((context.needs(frames) for context in contexts), Counter[PageKind]())
-        pool.reserve(self._needs)
-        try:
-            # One for the prompt and, where a negative one guides, one for that.
-            self.views = [ContextView(context, frames, settings.attention) for context in contexts]
-        except BaseException:
-            pool.give_back(self._needs)  # out of memory: nobody may keep a promise of pages
-            raise
+        self.now = Moment(asked, origin=object())
+        self.decoding = Decoding()
         self._noise = noise
         self._closed = False
-        self._pending: _Made | None = None  # its context pass has not run yet
-        self._asked_before: Asked | None = None  # of the newest block
-        # What is committed and may be committed anew.
-        self._made: deque[_Made] = deque(maxlen=latents_kept(settings.cache, frames))
+        self._going = Flag()
+        self._going.set()
+        self._pending: Made | None = None  # its context pass has not run yet
+        pool = world.pool_of(settings.size)
+        self._contexts = {
+            lane: [
+                Context(pool, settings.cache, world.actions.camera) for _ in range(settings.rows)
+            ]
+            for lane in settings.schedule.lanes
+        }
+        self._lanes: Lanes = {}
+        self._needs: Counter[PageKind] = Counter()
+        self._history_bytes = history
+        each = sum(n * pool.page_nbytes(kind) for kind, n in self._pages(0).items())
+        self.history = History(snapshots_kept(history, each))
+        if awake:
+            self._wake()
+        self.history.add(self._capture())
+
+    def _pages(self, block_frames: int) -> Counter[PageKind]:
+        """Pages that its contexts ever hold, with blocks of so many frames in the making."""
+        contexts = [context for rows in self._contexts.values() for context in rows]
+        return sum((context.needs(block_frames) for context in contexts), Counter[PageKind]())
+
+    def _wake(self) -> None:
+        """Have pages promised and make the buffers that attention reads."""
+        frames, pool = self.world.config.block_frames, self.context.pool
+        needs = self._pages(frames)
+        for kind, pages in self._pages(0).items():
+            needs[kind] += self.history.most * pages
+        pool.reserve(needs)
+        try:
+            # One row for the prompt and, where a negative one guides, one for that.
+            self._lanes = {
+                lane: [ContextView(context, frames, self.settings.attention) for context in rows]
+                for lane, rows in self._contexts.items()
+            }
+        except BaseException:
+            pool.give_back(needs)  # out of memory: nobody may keep a promise of pages
+            raise
+        self._needs = needs
+
+    # --- what it is now -----------------------------------------------------------------------
+    @property
+    def block(self) -> int:
+        """Number of the next block."""
+        return self.now.block
+
+    @property
+    def frame(self) -> int:
+        """Absolute index of the next block's first latent frame."""
+        return self.now.frame
+
+    @property
+    def asked(self) -> Asked:
+        return self.now.asked
+
+    @property
+    def held(self) -> Keys:
+        """Keys that are held from the next block on."""
+        return self.now.held
+
+    @property
+    def pose(self) -> Pose:
+        """Where the player is, by dead reckoning: x, y, heading."""
+        return self.now.pose
+
+    @property
+    def decoded(self) -> int:
+        """Number of the next block to decode."""
+        return self.decoding.decoded
+
+    @property
+    def carry(self) -> Carry:
+        """What the decoder remembers."""
+        return self.decoding.carry
+
+    @property
+    def given(self) -> list[Block]:
+        """Its first blocks, where it was given some; not decoded."""
+        return [replace(block) for block in self.now.given]
+
+    @property
+    def lanes(self) -> Lanes:
+        """What passes read and stage, by the lane of the schedule."""
+        if not self._lanes:
+            self._wake()
+        return self._lanes
+
+    @property
+    def views(self) -> list[ContextView]:
+        """The lane of clean blocks: a view for each row."""
+        return self.lanes[CLEAN]
 
     @property
     def prompt(self) -> str:
@@ -145,7 +174,7 @@ class Session:
     @property
     def context(self) -> Context:
         """What earlier blocks left behind under the prompt."""
-        return self.views[0].context
+        return next(iter(self._contexts.values()))[0]
 
     @property
     def block_frames(self) -> int:
@@ -170,10 +199,10 @@ class Session:
             ValueError: for a key or prompt that this world does not know.
         """
         if buttons is not None:
-            self.held = self.world.actions.resolve(frozenset(buttons))
+            self.now = replace(self.now, held=self.world.actions.resolve(frozenset(buttons)))
         if prompt is not None or prompt_embeds is not None:
             negative = self.asked.negative
-            self.asked = self.world.ask(self.settings, prompt, prompt_embeds, negative)
+            self._change(self.world.ask(self.settings, prompt, prompt_embeds, negative))
 
     def follow(self, script: Script) -> list[Keys]:
         """Take over what a script asks for at the next block; returns its held keys."""
@@ -194,14 +223,28 @@ class Session:
 
         ``known``: frames of it that are given, and only guide the others (a last picture, say).
         """
+        if self.paused:
+            raise ValueError("this session is paused: resume() it first")
         for given in self.given[self.decoded :]:
             self.decode(given)  # the decoder remembers what it began with
         return self.decode(self.denoise(keys, on_step, known))
 
     def __iter__(self) -> Iterator[Block]:
-        """Blocks for ever."""
+        """Blocks for ever; while it is paused, the next one waits."""
         while True:
+            self._going.wait()
             yield self.step()
+
+    def pause(self) -> None:
+        """No block is made until `resume`; may be called from any thread."""
+        self._going.clear()
+
+    def resume(self) -> None:
+        self._going.set()
+
+    @property
+    def paused(self) -> bool:
+        return not self._going.is_set()
 
     @torch.inference_mode()
     def denoise(
@@ -216,13 +259,15 @@ class Session:
         timings = {"commit": 0.0}
         with part("commit", self.block - 1, timings) if self.block else nullcontext():
             self.settle()
+            self._remember()
             self._heed_prompt()
         frames = self.block_frames
         if keys is None:  # the very first latent frame is a single picture, which nothing moves
             keys = [self.held if self.frame + i else IDLE for i in range(frames)]
         applied = self._applied(keys)
         with part("denoise", self.block, timings):
-            conditioning, poses = self._conditioning(applied)
+            poses = self._reckoned(applied)
+            conditioning = self._conditioning(applied, poses)
             self._prepare(self.frame, frames, poses)
             latents = denoise(
                 self.world.forward,
@@ -238,7 +283,7 @@ class Session:
                 known,
             )
         block = Block(self.block, self.frame, latents, applied, timings=timings)
-        self._accept(_Made(block, conditioning, poses))
+        self._accept(Made(block, conditioning, poses), known=known)
         return block
 
     @torch.inference_mode()
@@ -252,13 +297,17 @@ class Session:
                 f"a given block must be {self.latent_shape}, got {tuple(latents.shape)}"
             )
         applied = self._applied((IDLE,) * frames if keys is None else keys)
-        conditioning, poses = self._conditioning(applied)
+        poses = self._reckoned(applied)
+        conditioning = self._conditioning(applied, poses)
         self._prepare(self.frame, frames, poses)
         # A copy: its context pass comes later, and by then the caller's may be something else.
         own = latents.detach().to(self.world.device, torch.float32, copy=True)
         block = Block(self.block, self.frame, own, applied)
         block.timings.update(commit=0.0, denoise=0.0)  # it was neither waited for nor made
-        self._accept(_Made(block, conditioning, poses))
+        begins = self.block == len(self.now.given)
+        self._accept(Made(block, conditioning, poses), given=own)
+        if begins:
+            self.now = replace(self.now, given=(*self.now.given, replace(block)))
         return block
 
     def decode(self, block: Block) -> Block:
@@ -274,8 +323,8 @@ class Session:
             raise ValueError(
                 f"block {block.index} cannot be decoded now: the next one is {self.decoded}"
             )
-        self.carry = decode(self.world.autoencoder, block, self.carry)
-        self.decoded += 1
+        carry = decode(self.world.autoencoder, block, self.carry)
+        self.decoding = Decoding(self.decoded + 1, carry)
         return block
 
     @torch.inference_mode()
@@ -296,31 +345,47 @@ class Session:
         # Without pictures and text: both would be many times what the latents are.
         bare = Block(made.block.index, made.block.start, made.block.latents, made.block.applied)
         told = replace(made.conditioning, text_keys=(), text_values=())
-        self._made.append(replace(made, block=bare, conditioning=told))
+        kept = latents_kept(self.settings.cache, self.world.config.block_frames)
+        all_made = (*self.now.made, replace(made, block=bare, conditioning=told))
+        recent = all_made if kept is None else all_made[max(0, len(all_made) - kept) :]
+        self.now = replace(self.now, made=recent)
         self._pending = None
 
     # --- events -------------------------------------------------------------------------------
     def cut(self) -> None:
         """The next block begins a new scene: it sees all that came before as if from afar."""
-        self._event(Event.CUT)
+        self._change(Event.CUT)
 
     def flush(self) -> None:
         """Forget all but the sink and the newest frame."""
-        self._event(Event.FLUSH)
+        self._change(Event.FLUSH)
 
     def reset(self) -> None:
         """Forget everything."""
-        self._event(Event.RESET)
+        self._change(Event.RESET)
 
-    @torch.inference_mode()
     def recache(self) -> None:
         """Commit the recent frames anew under the present prompt, block by block, each over what
         was committed before it (LongLive). The sink and mid stay as they are."""
+        self._change(Event.RECACHE)
+
+    def _change(self, change: Change) -> None:
+        """Do what is asked for between two blocks, and note it."""
+        if isinstance(change, Asked):
+            self.now = replace(self.now, asked=change)
+        elif change is Event.RECACHE:
+            self._recache()
+        else:
+            self._event(change)
+        self.now = replace(self.now, changes=(*self.now.changes, change))
+
+    @torch.inference_mode()
+    def _recache(self) -> None:
         self.settle()
         frames = {entry.frame for entry in self.context.table.recent}
         to_come = self.context.table.cut
         self._event(Event.REOPEN)
-        for made in self._made:
+        for made in self.now.made:
             block = made.block
             count = block.latents.shape[2]
             if frames.isdisjoint(range(block.start, block.start + count)):
@@ -337,26 +402,26 @@ class Session:
 
     def _heed_prompt(self) -> None:
         """Do to the context what a change of prompt since the newest block asks for."""
-        if self._asked_before is None or self._asked_before.same(self.asked):
+        before = self.now.asked_before
+        if before is None or before.same(self.asked):
             return
         if self.settings.cache.prompt == "flush":
-            self.flush()
+            self._event(Event.FLUSH)
         elif self.settings.cache.prompt == "recache":
-            self.recache()
+            self._recache()
 
     def _event(self, event: Event) -> None:
         self.settle()
-        for view in self.views:
-            view.context.on_event(event)
+        for rows in self._contexts.values():
+            for context in rows:
+                context.on_event(event)
 
     def _prepare(self, start: int, frames: int, poses: tuple[Pose, ...]) -> None:
         """Bring what the next passes read up to date."""
         for view in self.views:
             view.prepare(start, frames, poses[-1] if poses else None)
 
-    def _commit(
-        self, made: _Made, conditioning: Conditioning, only: set[int] | None = None
-    ) -> None:
+    def _commit(self, made: Made, conditioning: Conditioning, only: set[int] | None = None) -> None:
         block = made.block
         cell = self.settings.schedule.commit_cell(block.index)
         commit(
@@ -364,29 +429,110 @@ class Session:
             made.poses, only,
         )  # fmt: skip
 
-    def fork(self) -> "Session":
-        """A twin that goes its own way from here; both share the pages committed so far."""
+    # --- going on from elsewhere --------------------------------------------------------------
+    def snapshot(self) -> Snapshot:
+        """All that it goes on from, without a copy; the pages are free again when nobody has it.
+
+        Raises:
+            ValueError: if blocks that it made still have to be decoded.
+        """
         self.settle()
-        twin = Session(self.world, self.settings, self.asked, self._noise)
-        twin.block, twin.frame, twin.held = self.block, self.frame, self.held
-        twin.pose, twin.carry, twin.decoded = self.pose, self.carry, self.decoded
-        twin._asked_before = self._asked_before
-        twin.given = [replace(block) for block in self.given]
-        for view, mine in zip(twin.views, self.views, strict=True):
-            view.context = mine.context.fork()
-        twin._made.extend(self._made)
+        if not self._in_step:
+            raise ValueError(
+                f"block {self.decoded} is not decoded yet: decode all blocks before a snapshot"
+            )
+        return self._capture()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot of this session or of another one under the same settings.
+
+        Raises:
+            ValueError: for one of other settings, or of another world.
+        """
+        if snapshot.settings != self.settings:
+            raise ValueError("this snapshot was taken under other settings: open a session like it")
+        if self._closed or snapshot.pool is not self.context.pool:
+            raise ValueError(
+                "this snapshot is of another world, or of before it was moved or cast: open a new "
+                "session"
+            )
+        self._pending = None
+        for lane, rows in self._contexts.items():
+            states = zip(rows, snapshot.tables[lane], snapshot.newest[lane], strict=True)
+            for context, table, newest in states:
+                context.restore(table, newest)
+        self.now, self.decoding = snapshot.moment, snapshot.decoding
+        self.history.go_to(snapshot)
+
+    def fork(self) -> "Session":
+        """A twin that goes its own way from here. Both share the pages committed so far, and until
+        the twin makes a block it costs nothing."""
+        here = self.snapshot()
+        twin = Session(
+            self.world, self.settings, self.asked, self._noise, self._history_bytes, awake=False
+        )
+        twin.history = self.history.copy()
+        twin.restore(here)
         return twin
+
+    def rewind(self, to_block: int) -> None:
+        """Go back to right before block ``to_block``: from the nearest snapshot that is kept, and
+        from there by making the blocks between once more.
+
+        Raises:
+            ValueError: for a block that it has not come to, or the way to which is forgotten.
+        """
+        self.settle()
+        now, seen = self.now, 0 < self.decoded == self.block
+        if not 0 <= to_block <= now.block:
+            raise ValueError(f"cannot go back to block {to_block}: the next one is {now.block}")
+        start = self.history.before(to_block, now)
+        self.restore(start)
+        for played in now.past[start.block - now.reach : to_block - now.reach]:
+            block = self.play(played)
+            if seen:
+                self.decode(block)
+        held = now.past[to_block - now.reach - 1].held if to_block > now.reach else IDLE
+        self.now = replace(self.now, held=held)
+
+    def play(self, played: Played) -> Block:
+        """Make a block the way that one was made; it is not decoded."""
+        for change in played.changes[len(self.now.changes) :]:  # some may be done already
+            self._change(change)
+        self.now = replace(self.now, held=played.held)
+        if played.given is not None:
+            return self.give(played.given, played.applied.keys)
+        return self.denoise(played.applied.keys, known=played.known)
+
+    def _remember(self) -> None:
+        # Not where something was done since the newest block: it is what comes after the boundary.
+        if self._in_step and not self.now.changes and self.history.wants(self.block):
+            self.history.add(self._capture())
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether the decoder has seen every block, or none so far."""
+        return self.decoded in (0, self.block)
+
+    def _capture(self) -> Snapshot:
+        tables = {lane: tuple(c.table for c in rows) for lane, rows in self._contexts.items()}
+        newest = {lane: tuple(c.newest for c in rows) for lane, rows in self._contexts.items()}
+        pool = self.context.pool
+        return Snapshot(self.settings, self.now, self.decoding, tables, newest, pool)
 
     def memory_report(self) -> MemoryReport:
         """Bytes that it holds and ever will; see `World.memory_report`, which says it before."""
-        return self.world.memory_of(self.settings, self.context, self.view.nbytes)
+        scratch = self.view.nbytes
+        return self.world.memory_of(self.settings, self.context, scratch, self._history_bytes)
 
     def close(self) -> None:
         """Give the pages back to the world."""
         self._pending = None
-        self._made.clear()
-        for view in self.views:
-            view.context.close()
+        self.history = History(0)
+        self.now = replace(self.now, made=(), past=())
+        for rows in self._contexts.values():
+            for context in rows:
+                context.close()
         self.context.pool.give_back(self._needs)
         self._needs.clear()
         self._closed = True
@@ -397,13 +543,19 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _accept(self, made: _Made) -> None:
+    def _accept(self, made: Made, known: Known | None = None, given: Tensor | None = None) -> None:
+        now = self.now
+        played = Played(now.changes, now.held, made.block.applied, known, given)
         self._pending = made
-        self._asked_before = self.asked
-        if made.poses:
-            self.pose = np.array(made.poses[-1])
-        self.block += 1
-        self.frame += made.block.latents.shape[2]
+        self.now = replace(
+            now,
+            block=now.block + 1,
+            frame=now.frame + made.block.latents.shape[2],
+            asked_before=now.asked,
+            pose=made.poses[-1] if made.poses else now.pose,
+            changes=(),
+            past=(*now.past[max(0, len(now.past) + 1 - PAST) :], played),
+        )
 
     def _applied(self, keys: Sequence[Keys]) -> Applied:
         """The receipt of a block under ``keys``; aliases are resolved, unknown keys refused."""
@@ -413,22 +565,27 @@ class Session:
         held = tuple(map(self.world.actions.resolve, keys))
         return Applied(held, self.prompt, self.context.table.cut)
 
-    def _conditioning(self, applied: Applied) -> tuple[Conditioning, tuple[Pose, ...]]:
-        """The tensors that controls become, and the poses they lead to where there are any."""
+    def _reckoned(self, applied: Applied) -> tuple[Pose, ...]:
+        """The poses that controls lead to, at the end of each frame, where there are any."""
+        spec = self.world.config.actions
+        if spec is None:
+            return ()
+        poses = spec.reckon(spec.multi_hot(applied.keys), np.array(self.pose))
+        return tuple((x, y, heading) for x, y, heading in poses.tolist())
+
+    def _conditioning(self, applied: Applied, poses: tuple[Pose, ...]) -> Conditioning:
+        """The tensors that controls become."""
         keys, values = self.asked.keys, self.asked.values
         spec = self.world.config.actions
         if spec is None:
-            return Conditioning(keys, values), ()
-        held = spec.multi_hot(applied.keys)
-        poses = spec.reckon(held, self.pose)
-        columns = self.context.pool.shape.grid[1]
-        told = spec.actions(held, poses), spec.rays(poses, columns)
+            return Conditioning(keys, values)
+        places, columns = np.array(poses), self.context.pool.shape.grid[1]
+        told = spec.actions(spec.multi_hot(applied.keys), places), spec.rays(places, columns)
         actions, rays = (
-            torch.from_numpy(x)[None].to(self.world.device).expand(len(self.views), *x.shape)
+            torch.from_numpy(x)[None].to(self.world.device).expand(self.settings.rows, *x.shape)
             for x in told
         )
-        reached = tuple((x, y, heading) for x, y, heading in poses.tolist())
-        return Conditioning(keys, values, actions=actions, rays=rays), reached
+        return Conditioning(keys, values, actions=actions, rays=rays)
 
     def _fresh(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
         if self._noise is None:

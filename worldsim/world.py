@@ -41,7 +41,8 @@ from worldsim.quantize import nbytes
 from worldsim.rollout import Noise, OnStep
 from worldsim.schedule import Cell
 from worldsim.script import Script
-from worldsim.session import Asked, Block, Session, decode
+from worldsim.session import Session, decode
+from worldsim.state import Asked, Block
 
 PROMPTS_KEPT = 32
 
@@ -216,6 +217,7 @@ class World(Loaded):
         noise: Noise | None = None,
         given: Tensor | None = None,
         pictures: Any = None,
+        history: int = 0,
     ) -> Session:
         """Open a live world. What is None is the world's own.
 
@@ -236,6 +238,8 @@ class World(Loaded):
             given: clean latents ``[1, C, F, h, w]`` that the stream begins with, whole blocks of
                 them. Where a single frame is left over, it is a first block of its own.
             pictures: the same as pictures: one, or a video of whole blocks, see `read_pictures`.
+            history: bytes of pages that snapshots may keep, which `Session.rewind` starts from;
+                with 0 it starts from the beginning and makes every block once more.
 
         Raises:
             ValueError: for what this world cannot do.
@@ -273,10 +277,10 @@ class World(Loaded):
                 f"{list(given.shape)}"
             )
         asked = self.ask(settings, prompt, prompt_embeds, negative_prompt_embeds)
-        session = Session(self, settings, asked, noise)
+        session = Session(self, settings, asked, noise, history)
         while given is not None and given.shape[2]:
             count = session.block_frames
-            session.given.append(session.give(given[:, :, :count]))
+            session.give(given[:, :, :count])
             given = given[:, :, count:]
         return session
 
@@ -350,7 +354,7 @@ class World(Loaded):
             independent_first_frame=own.independent_first_frame if alone is None else alone,
         )
 
-    def memory_report(self, cache: str | None = None) -> MemoryReport:
+    def memory_report(self, cache: str | None = None, history: int = 0) -> MemoryReport:
         """Bytes that a session with this cache would ever hold; nothing is allocated for it.
 
         Raises:
@@ -358,10 +362,11 @@ class World(Loaded):
         """
         settings = self.settings(cache=cache)
         pool = self.pool_of(settings.size)
-        return self.memory_of(settings, Context(pool, settings.cache, self.actions.camera))
+        context = Context(pool, settings.cache, self.actions.camera)
+        return self.memory_of(settings, context, None, history)
 
     def memory_of(
-        self, settings: Settings, context: Context, scratch: int | None = None
+        self, settings: Settings, context: Context, scratch: int | None, history: int
     ) -> MemoryReport:
         """The same of a session's context, whose view takes ``scratch`` bytes."""
         tensors = (
@@ -373,7 +378,7 @@ class World(Loaded):
         decoder = self.autoencoder
         carry = 0 if decoder is None else decoder.carry_nbytes(*shape[-2:])
         weights = sum(map(nbytes, tensors))
-        return report(context, shape, weights, carry, scratch, settings.rows)
+        return report(context, shape, weights, carry, scratch, settings.rows, history)
 
     def stream(
         self,

@@ -1,0 +1,221 @@
+"""A session as one explicit state: snapshot, restore, fork and rewind, bit for bit."""
+
+import gc
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import random_world
+from test_events import LINES
+
+from worldsim.history import History
+from worldsim.session import Session
+from worldsim.state import Block
+from worldsim.world import World
+
+KEYS = ("KeyW", "KeyA", "KeyL", "KeyJ")
+PROMPTS = ("night", "red brick, fog", "green hedges, dusk")
+HISTORY = 2**22
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return random_world()
+
+
+@pytest.fixture(scope="module")
+def wide() -> World:
+    return random_world(block_frames=3)
+
+
+def roam(session: Session, blocks: int, seed: int = 0) -> list[Block]:
+    """Blocks under controls, prompts and events that depend on the block's number alone."""
+    made = []
+    for _ in range(blocks):
+        dice = random.Random(f"{seed}/{session.block}")
+        session.control(buttons={key for key in KEYS if dice.random() < 0.4})
+        if dice.random() < 0.3:
+            session.control(prompt=dice.choice(PROMPTS))
+        if dice.random() < 0.2:
+            dice.choice((session.cut, session.flush, session.recache))()
+        made.append(session.step())
+    return made
+
+
+def same(ours: list[Block], theirs: list[Block]) -> bool:
+    assert [b.applied for b in ours] == [b.applied for b in theirs]
+    return all(
+        torch.equal(a.latents, b.latents) and (a.frames == b.frames).all()
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_going_on_from_a_snapshot_is_never_having_stopped(
+    world: World, wide: World, line: str
+) -> None:
+    for some in (world, wide):
+        with some.session("red brick", seed=3, cache=f"{line},prompt=recache") as session:
+            roam(session, 9)
+            here = session.snapshot()
+            straight = roam(session, 12)
+            roam(session, 3, seed=1)
+            session.restore(here)
+            assert same(roam(session, 12), straight)
+            with session.fork() as twin:
+                twin.restore(here)
+                assert same(roam(twin, 12), straight)
+        del here, session, twin
+        gc.collect()
+        assert some.pool.used_pages == 0
+
+
+@pytest.mark.parametrize("history", (0, HISTORY))
+@pytest.mark.parametrize("line", ("sink=1,recent=3,prompt=recache", LINES[-1]))
+def test_rewind_goes_back_to_any_block(world: World, line: str, history: int) -> None:
+    with world.session("red brick", seed=4, cache=line, history=history) as session:
+        straight = roam(session, 40)
+        for block in (33, 17, 16, 3, 0):
+            session.rewind(block)
+            assert session.block == block
+            assert same(roam(session, 6), straight[block : block + 6])
+        assert same(roam(session, 30), straight[6:36]), "and on from there"
+        with pytest.raises(ValueError, match=r"cannot go back to block 99: the next one is 36"):
+            session.rewind(99)
+
+
+def test_rewind_replays_given_blocks_and_known_frames(wide: World) -> None:
+    shape = wide.latents_of((32, 48), 6)
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with wide.session(seed=5, given=given) as session:
+        straight = [*roam(session, 4)]
+        session.rewind(3)
+        assert same(roam(session, 3), straight[1:])
+        session.rewind(0)
+        assert session.block == 0 and not session.given
+
+
+def test_snapshots_of_latents_alone(world: World) -> None:
+    """Who never decodes may stop anywhere; who decodes later than he denoises is told."""
+    with world.session(seed=6) as session:
+        session.denoise()
+        here = session.snapshot()
+        wanted = session.denoise().latents
+        session.restore(here)
+        again = session.denoise()
+        assert torch.equal(again.latents, wanted)
+    with world.session(seed=6) as session:
+        session.step()
+        session.denoise()
+        with pytest.raises(ValueError, match="block 1 is not decoded yet"):
+            session.snapshot()
+
+
+def test_what_changed_since_the_newest_block_is_part_of_a_snapshot(world: World) -> None:
+    with world.session("red brick", seed=7, cache="sink=1,recent=3,prompt=flush") as session:
+        roam(session, 3)
+        session.control(prompt="night", buttons={"KeyL"})
+        session.cut()
+        here = session.snapshot()
+        first = session.step()
+        assert first.applied.prompt == "night" and first.applied.cut
+        session.restore(here)
+        assert same([session.step()], [first])
+        session.rewind(4)
+        session.rewind(3)
+        assert session.prompt != "night", "it came after block 2"
+
+
+def test_a_block_in_the_making_can_be_dropped(world: World) -> None:
+    class Changed(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Changed
+
+    with world.session("red brick", seed=8) as session, world.session("red brick", seed=8) as other:
+        for some in (session, other):
+            roam(some, 3)
+        before = session.snapshot()
+        with pytest.raises(Changed):
+            session.step(on_step=stop)
+        session.restore(before)
+        for some in (session, other):
+            some.control(buttons={"KeyJ"})
+        assert same([session.step()], [other.step()])
+        shown = session.snapshot()
+        session.step()
+        session.restore(shown)  # made, but nobody saw it
+        assert same(roam(session, 4), roam(other, 4))
+
+
+def test_forks_cost_only_the_pages_that_differ(world: World) -> None:
+    with world.session(seed=9, cache="sink=2,recent=6") as session:
+        roam(session, 12)
+        session.settle()
+        used, held = world.pool.used_pages, world.pool.nbytes
+        twins = [session.fork() for _ in range(10)]
+        assert (world.pool.used_pages, world.pool.nbytes) == (used, held)
+        frames = world.config.block_frames
+        for twin in twins:
+            twin.step()
+            twin.settle()
+        assert world.pool.used_pages == used + 10 * frames
+        for twin in twins:
+            twin.close()
+    gc.collect()
+    assert world.pool.used_pages == 0
+
+
+def test_snapshots_of_a_session_stay_within_their_bytes(world: World) -> None:
+    page = world.pool.page_nbytes(world.pool.frame)
+    with world.session(seed=10, cache="recent=4", history=24 * page) as session:
+        promised = session.memory_report()
+        assert promised.history == 24 * page and world.pool.nbytes >= promised.context
+        pages = world.pool.addresses()
+        roam(session, 150)
+        assert world.pool.addresses() == pages, "nothing was allocated while it ran"
+        assert world.pool.used_pages * page <= promised.context + promised.history
+        kept = [snapshot.block for snapshot in session.history._kept]
+        assert kept[0] == 0 and len(kept) == 7 and kept[-1] > 140
+        session.rewind(147)
+        assert session.block == 147
+
+
+def test_history_is_dense_where_it_is_near(world: World) -> None:
+    with world.session() as session:
+        history, blocks = History(most=8), []
+        for block in range(0, 2000):
+            session.now = type(session.now)(session.asked, session.now.origin, block=block)
+            if not blocks or history.wants(block):
+                history.add(session._capture())
+                blocks.append(block)
+        kept = [snapshot.block for snapshot in history._kept]
+        gaps = [b - a for a, b in pairwise(kept)]
+        assert kept[0] == 0 and len(kept) == 9 and kept[-1] >= 1990
+        assert gaps[-1] < gaps[0] / 8
+        session.now = type(session.now)(session.asked, session.now.origin)
+
+
+def test_a_session_that_is_paused_makes_nothing(world: World) -> None:
+    with world.session() as session:
+        session.step()
+        session.pause()
+        assert session.paused
+        with pytest.raises(ValueError, match=r"paused: resume\(\) it first"):
+            session.step()
+        session.resume()
+        assert next(iter(session)).index == 1
+
+
+def test_snapshots_of_elsewhere_are_refused(world: World, wide: World) -> None:
+    def taken(some: World, **options: object) -> object:
+        with some.session(**options) as session:  # type: ignore[arg-type]
+            return session.snapshot()
+
+    with world.session(seed=1) as session:
+        with pytest.raises(ValueError, match="taken under other settings"):
+            session.restore(taken(world, seed=2))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="of another world"):
+            session.restore(taken(wide, seed=1))  # type: ignore[arg-type]
