@@ -21,8 +21,7 @@ def cache_times(world: World, setting: Setting, warm_up: int, blocks: int) -> di
                 level = session.settings.schedule.commit_cell(newest).level
                 session.context.abort(newest)
                 rows = range(start, start + frames)
-                x, y, heading = session.pose.tolist()
-                poses = [(x, y, heading)] * frames
+                poses = [session.pose] * frames
                 with clock.timed("publish"):
                     staged = session.view.staged(frames)
                     session.context.stage(newest, level, rows, *staged, poses=poses)

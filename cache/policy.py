@@ -5,7 +5,7 @@ are in *slot* order: softmax does not care in which order its keys come, so an e
 is simply taken by the new one and nothing is ever moved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,15 @@ class Table:
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def moved(self, page: Callable[[int], int]) -> "Table":
+        """The same over other pages."""
+
+        def to(entries: Entries) -> Entries:
+            return tuple(replace(entry, page=page(entry.page)) for entry in entries)
+
+        mid = Mid(to(self.mid.bank), to(self.mid.waiting), to(self.mid.chosen))
+        return replace(self, sink=to(self.sink), mid=mid, recent=to(self.recent))
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,23 @@ class PagePool:
         assert places is not None, f"page {page} has no places of its own"
         return places
 
+    def tensors(self, page: int) -> tuple[Tensor, ...]:
+        """All that a page holds, as it is stored; `adopt` takes them back."""
+        held = self._pages[page]
+        return tuple(x for x in (held.codes, held.scales, held.places) if x is not None)
+
+    def adopt(self, page: int, tensors: Sequence[Tensor]) -> None:
+        """Fill a page of the same kind with what `tensors` gave, to the bit.
+
+        Raises:
+            ValueError: where they do not fit.
+        """
+        own = self.tensors(page)
+        if [(x.shape, x.dtype) for x in own] != [(x.shape, x.dtype) for x in tensors]:
+            raise ValueError("a saved page does not fit this world")
+        for mine, theirs in zip(own, tensors, strict=True):
+            mine.copy_(theirs)
+
     # --- memory -----------------------------------------------------------------------------------
     def _tensors(self, kind: PageKind, pages: int) -> Iterable[tuple[tuple[int, ...], torch.dtype]]:
         s = self.shape

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from threading import Event as Flag
 from typing import TYPE_CHECKING
 
@@ -503,6 +504,21 @@ class Session:
         if played.given is not None:
             return self.give(played.given, played.applied.keys)
         return self.denoise(played.applied.keys, known=played.known)
+
+    def save(self, path: str | Path) -> None:
+        """Write all that it goes on from to a .safetensors file; `World.load_session` reads it.
+
+        Raises:
+            ValueError: for a session whose noise is a function of the caller's.
+        """
+        from worldsim.saving import save
+
+        save(self, path)
+
+    @property
+    def has_own_noise(self) -> bool:
+        """Whether its noise comes from the caller, not from the seed."""
+        return self._noise is not None
 
     def _remember(self) -> None:
         # Not where something was done since the newest block: it is what comes after the boundary.

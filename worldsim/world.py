@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
@@ -22,6 +23,7 @@ from worldsim.cache.mid import check_form
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
 from worldsim.controls import ActionSpec, Keys, parse_prompts
+from worldsim.fingerprint import fingerprint
 from worldsim.loaded import Loaded
 from worldsim.memory import MemoryReport, report
 from worldsim.models.autoencoder import (
@@ -39,6 +41,7 @@ from worldsim.output import OUTPUTS, WorldOutput, as_output
 from worldsim.pictures import read_pictures
 from worldsim.quantize import nbytes
 from worldsim.rollout import Noise, OnStep
+from worldsim.saving import load
 from worldsim.schedule import Cell
 from worldsim.script import Script
 from worldsim.session import Session, decode
@@ -62,6 +65,7 @@ class World(Loaded):
     ) -> None:
         super().__init__(config, transformer, autoencoder, text_encoder)
         self._progress: dict[str, Any] = {}
+        self._fingerprint: str | None = None
         self._pools: dict[tuple[int, int], PagePool] = {}
         self._texts: OrderedDict[str, TextRows] = OrderedDict()
         takes = transformer.config
@@ -84,6 +88,7 @@ class World(Loaded):
 
     def _begin_anew(self) -> None:
         """Open sessions are told so when they go on."""
+        self._fingerprint = None
         self._pools.clear()
         self._texts.clear()
 
@@ -283,6 +288,22 @@ class World(Loaded):
             session.give(given[:, :, :count])
             given = given[:, :, count:]
         return session
+
+    def load_session(self, path: str | Path, history: int = 0) -> Session:
+        """A session that was written by `Session.save`: it goes on bit for bit, where the machine
+        is of the same kind.
+
+        Raises:
+            ValueError: for a file that is none, is damaged, or is of another world.
+        """
+        return load(self, path, partial(Session, self, history=history))
+
+    @property
+    def fingerprint(self) -> str:
+        """Names this world to the bit: its settings and all its weights, in their dtype."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.config, self._models())
+        return self._fingerprint
 
     @torch.inference_mode()
     def encoded(self, pictures: Tensor) -> Tensor:
