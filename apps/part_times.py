@@ -15,7 +15,7 @@ from worldsim.apps.clock import Clock
 from worldsim.apps.opening import shown_scale
 from worldsim.apps.roofline import Roofline
 from worldsim.apps.setting import Setting
-from worldsim.controls import IDLE
+from worldsim.controls import ControlState
 from worldsim.parts import COMPUTED, PARTS
 from worldsim.streaming.sinks import open_sink
 from worldsim.world import World
@@ -42,7 +42,7 @@ def time_parts(world: World, setting: Setting, warm_up: int, blocks: int) -> Par
     The world's own controls play; where a block has several latent frames it holds one of them.
     """
     assert warm_up > 1, "a block that is recorded commits the block before"
-    script = world.actions.parse(world.config.controls) or (IDLE,)
+    script = world.actions.parse(world.config.controls) or (ControlState(),)
     measured, alone, roofline = Clock(world.device), Clock(world.device), Roofline()
     pictures = 0
     with (
@@ -52,7 +52,7 @@ def time_parts(world: World, setting: Setting, warm_up: int, blocks: int) -> Par
     ):
         count = warm_up + blocks
         for i in track(range(count), "parts", console=Console(stderr=True)):
-            session.control(script[i % len(script)])
+            session.control(state=script[i % len(script)])
             look = roofline.record if i == warm_up - 1 else measured.timed
             with look("commit"):
                 session.settle()

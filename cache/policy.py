@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # host metadata carries two small tensors along, and looks in
 
 CUT = 27  # latent frames: ∞-RoPE puts the block after a cut, 18…20 of its window, at 45…47
 
-Pose = tuple[float, float, float]  # x, y, heading
+Pose = tuple[float, ...]  # x, y, heading; a world may add numbers of its own
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The controls of the maze: the one place where its keys meet worldsim's `ActionSpec`."""
 
-from worldsim.controls import ActionSpec, Motion
+from worldsim.actions import ActionSpec, Motion
 from worldsim.maze.raycast import FIELD_OF_VIEW
 from worldsim.maze.simulator import KEYS, PICTURES_PER_LATENT, SPEED, TURN
 

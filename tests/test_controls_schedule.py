@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from worldsim.controls import ActionSpec, Motion, PromptSegment, parse_prompts
+from worldsim.actions import ActionSpec, Motion
+from worldsim.controls import ControlState
 from worldsim.maze.actions import ACTIONS
 from worldsim.maze.simulator import KEYS, PICTURES_PER_LATENT, SPEED, MazeMaps, advance, trajectory
 from worldsim.noise import noise
 from worldsim.schedule import CLEAN, Cell, Schedule, levels, shift_table
+from worldsim.script import PromptSegment, parse_prompts
 from worldsim.world import World
 
 W, S, A, D, J, L = (frozenset({key}) for key in KEYS)
@@ -21,8 +23,8 @@ NOTHING = frozenset[str]()
 
 # --- scripts ----------------------------------------------------------------------------------
 def test_a_script_is_held_keys_of_each_latent_frame() -> None:
-    track = ACTIONS.parse("W*12 WJ*4, L*8 .*4")
-    assert track == (W,) * 12 + (W | J,) * 4 + (L,) * 8 + (NOTHING,) * 4
+    track = [state.buttons for state in ACTIONS.parse("W*12 WJ*4, L*8 .*4")]
+    assert tuple(track) == (W,) * 12 + (W | J,) * 4 + (L,) * 8 + (NOTHING,) * 4
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_a_script_is_held_keys_of_each_latent_frame() -> None:
     ],
 )
 def test_scripts(script: str, track: tuple[frozenset[str], ...]) -> None:
-    assert ACTIONS.parse(script) == track
+    assert ACTIONS.parse(script) == tuple(map(ControlState, track))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_keys_held_from_the_beginning_move_nothing_in_the_first_picture(
         first, second = session.denoise(), session.denoise()
         assert first.applied.keys == (NOTHING, W)
         assert second.applied.keys == (W, W)
-        assert np.abs(session.pose - [3 * 4 * SPEED, 0, 0]).max() <= 1e-12
+        assert np.abs(np.array(session.pose) - [3 * 4 * SPEED, 0, 0]).max() <= 1e-12
 
 
 def test_reckoning_in_pieces_is_reckoning_at_once() -> None:

@@ -13,9 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from worldsim.cache.context import Event
-from worldsim.controls import parse_prompts
 from worldsim.maze.recipe import TINY
-from worldsim.script import Script
+from worldsim.script import Script, parse_prompts
 from worldsim.session import Session
 from worldsim.state import Block
 from worldsim.world import World

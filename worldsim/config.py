@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from worldsim.actions import ActionSpec
 from worldsim.cache.config import CacheConfig
-from worldsim.controls import ActionSpec, Motion
 from worldsim.samplers import SAMPLERS
 from worldsim.schedule import Schedule
 
@@ -130,7 +130,9 @@ class WorldConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "WorldConfig":
         actions, steps = data.get("actions"), data.get("steps")
-        read: dict[str, Any] = {"actions": None if actions is None else _actions(actions)}
+        read: dict[str, Any] = {
+            "actions": None if actions is None else ActionSpec.from_dict(actions)
+        }
         if isinstance(steps, list):
             read["steps"] = tuple(steps)
         return cls(**{**data, **read})
@@ -171,9 +173,3 @@ class Settings:
     def rows(self) -> int:
         """Contexts of a session: a guided one has a second, under the negative prompt."""
         return 1 if self.guidance == UNGUIDED else 2
-
-
-def _actions(data: Mapping[str, Any]) -> ActionSpec:
-    fields = {**data, "motion": tuple(Motion(**motion) for motion in data["motion"])}
-    lists = {name: tuple(data[name]) for name in ("keys", "periods", "harmonics") if name in data}
-    return ActionSpec(**{**fields, **lists})

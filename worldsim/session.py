@@ -5,7 +5,7 @@ decoder remembers. Noise is a function of (seed, block, step), so this is everyt
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from worldsim.cache.context import Context, Event
 from worldsim.cache.policy import Pose
 from worldsim.cache.pool import PageKind
 from worldsim.config import Settings
-from worldsim.controls import IDLE, Keys
+from worldsim.controls import Control, ControlState, Held, Keys, Receipt
 from worldsim.history import PAST, History
 from worldsim.memory import MemoryReport, latents_kept, snapshots_kept
 from worldsim.models.autoencoder import Carry, Decoder, to_pictures
@@ -65,7 +65,7 @@ class Session:
     ) -> None:
         self.world = world
         self.settings = settings
-        self.now = Moment(asked, origin=object())
+        self.now = Moment(asked, origin=object(), pose=(0.0,) * world.actions.pose_dim)
         self.decoding = Decoding()
         self._noise = noise
         self._closed = False
@@ -128,12 +128,12 @@ class Session:
 
     @property
     def held(self) -> Keys:
-        """Keys that are held from the next block on."""
-        return self.now.held
+        """What the player holds now."""
+        return self.now.held.buttons
 
     @property
     def pose(self) -> Pose:
-        """Where the player is, by dead reckoning: x, y, heading."""
+        """Where the player is, by dead reckoning: x, y, heading; see `ActionSpec.pose_dim`."""
         return self.now.pose
 
     @property
@@ -190,23 +190,41 @@ class Session:
 
     def control(
         self,
-        buttons: Sequence[str] | Keys | None = None,
+        buttons: Collection[str] | None = None,
         prompt: str | None = None,
         prompt_embeds: Tensor | None = None,
-    ) -> None:
+        state: ControlState | None = None,
+    ) -> Receipt:
         """Set what is held or asked for, from the next block on; None leaves it as it is.
+
+        Of several calls before a block the last one counts, but a key that was pressed and let go
+        of in between is held for that block, and looks and scrolls are summed.
+
+        Args:
+            state: all at once, in place of ``buttons`` and ``prompt``; without an ``event_id`` it
+                gets the next one.
 
         Raises:
             ValueError: for a key or prompt that this world does not know.
         """
-        if buttons is not None:
-            self.now = replace(self.now, held=self.world.actions.resolve(frozenset(buttons)))
-        if prompt is not None or prompt_embeds is not None:
+        newest = self.now.held.newest
+        if state is None:
+            keys = newest.buttons if buttons is None else frozenset(buttons)
+            state = ControlState(keys, move=newest.move, prompt=prompt)
+        elif buttons is not None or prompt is not None:
+            raise ValueError("control: give buttons and a prompt, or a state that holds both")
+        heard = self.world.actions.heard(state)
+        if not heard.event_id:
+            heard = replace(heard, event_id=newest.event_id + 1)
+        held = self.now.held.heard(heard)
+        if heard.prompt is not None or prompt_embeds is not None:
             negative = self.asked.negative
-            self._change(self.world.ask(self.settings, prompt, prompt_embeds, negative))
+            self._change(self.world.ask(self.settings, heard.prompt, prompt_embeds, negative))
+        self.now = replace(self.now, held=held)
+        return Receipt(heard.event_id, self.block)
 
-    def follow(self, script: Script) -> list[Keys]:
-        """Take over what a script asks for at the next block; returns its held keys."""
+    def follow(self, script: Script) -> list[ControlState]:
+        """Take over what a script asks for at the next block; returns its controls."""
         frames = self.block_frames
         if (prompt := script.prompt(self.frame)) != self.prompt:
             self.control(prompt=prompt)
@@ -216,11 +234,12 @@ class Session:
 
     def step(
         self,
-        keys: Sequence[Keys] | None = None,
+        keys: Sequence[Control] | None = None,
         on_step: OnStep | None = None,
         known: Known | None = None,
     ) -> Block:
-        """Make and decode the next block; ``keys`` gives held keys for each of its frames.
+        """Make and decode the next block; ``keys`` gives held keys, or a `ControlState`, for each
+        of its frames.
 
         ``known``: frames of it that are given, and only guide the others (a last picture, say).
         """
@@ -250,7 +269,7 @@ class Session:
     @torch.inference_mode()
     def denoise(
         self,
-        keys: Sequence[Keys] | None = None,
+        keys: Sequence[Control] | None = None,
         on_step: OnStep | None = None,
         known: Known | None = None,
     ) -> Block:
@@ -263,12 +282,9 @@ class Session:
             self._remember()
             self._heed_prompt()
         frames = self.block_frames
-        if keys is None:  # the very first latent frame is a single picture, which nothing moves
-            keys = [self.held if self.frame + i else IDLE for i in range(frames)]
-        applied = self._applied(keys)
+        applied = self._applied(self._live() if keys is None else keys)
         with part("denoise", self.block, timings):
-            poses = self._reckoned(applied)
-            conditioning = self._conditioning(applied, poses)
+            conditioning, poses = self._conditioning(applied, self.pose)
             self._prepare(self.frame, frames, poses)
             latents = denoise(
                 self.world.forward,
@@ -284,11 +300,11 @@ class Session:
                 known,
             )
         block = Block(self.block, self.frame, latents, applied, timings=timings)
-        self._accept(Made(block, conditioning, poses), known=known)
+        self._accept(Made(block, conditioning, poses, self.pose), known=known)
         return block
 
     @torch.inference_mode()
-    def give(self, latents: Tensor, keys: Sequence[Keys] | None = None) -> Block:
+    def give(self, latents: Tensor, keys: Sequence[Control] | None = None) -> Block:
         """Take ``[1, C, F, h, w]`` as the next block instead of making it; draws no noise."""
         self.settle()
         self._heed_prompt()
@@ -297,16 +313,15 @@ class Session:
             raise ValueError(
                 f"a given block must be {self.latent_shape}, got {tuple(latents.shape)}"
             )
-        applied = self._applied((IDLE,) * frames if keys is None else keys)
-        poses = self._reckoned(applied)
-        conditioning = self._conditioning(applied, poses)
+        applied = self._applied([ControlState()] * frames if keys is None else keys)
+        conditioning, poses = self._conditioning(applied, self.pose)
         self._prepare(self.frame, frames, poses)
         # A copy: its context pass comes later, and by then the caller's may be something else.
         own = latents.detach().to(self.world.device, torch.float32, copy=True)
         block = Block(self.block, self.frame, own, applied)
         block.timings.update(commit=0.0, denoise=0.0)  # it was neither waited for nor made
         begins = self.block == len(self.now.given)
-        self._accept(Made(block, conditioning, poses), given=own)
+        self._accept(Made(block, conditioning, poses, self.pose), given=own)
         if begins:
             self.now = replace(self.now, given=(*self.now.given, replace(block)))
         return block
@@ -493,8 +508,8 @@ class Session:
             block = self.play(played)
             if seen:
                 self.decode(block)
-        held = now.past[to_block - now.reach - 1].held if to_block > now.reach else IDLE
-        self.now = replace(self.now, held=held)
+        held = now.past[to_block - now.reach - 1].held if to_block > now.reach else Held()
+        self.now = replace(self.now, held=_heeded(held, self.frame))
 
     def play(self, played: Played) -> Block:
         """Make a block the way that one was made; it is not decoded."""
@@ -502,8 +517,8 @@ class Session:
             self._change(change)
         self.now = replace(self.now, held=played.held)
         if played.given is not None:
-            return self.give(played.given, played.applied.keys)
-        return self.denoise(played.applied.keys, known=played.known)
+            return self.give(played.given, played.applied.controls)
+        return self.denoise(played.applied.controls, known=played.known)
 
     def save(self, path: str | Path) -> None:
         """Write all that it goes on from to a .safetensors file; `World.load_session` reads it.
@@ -562,46 +577,52 @@ class Session:
     def _accept(self, made: Made, known: Known | None = None, given: Tensor | None = None) -> None:
         now = self.now
         played = Played(now.changes, now.held, made.block.applied, known, given)
+        frame = now.frame + made.block.latents.shape[2]
         self._pending = made
         self.now = replace(
             now,
             block=now.block + 1,
-            frame=now.frame + made.block.latents.shape[2],
+            frame=frame,
+            held=_heeded(now.held, frame),
             asked_before=now.asked,
             pose=made.poses[-1] if made.poses else now.pose,
             changes=(),
             past=(*now.past[max(0, len(now.past) + 1 - PAST) :], played),
         )
 
-    def _applied(self, keys: Sequence[Keys]) -> Applied:
-        """The receipt of a block under ``keys``; aliases are resolved, unknown keys refused."""
+    def _live(self) -> list[ControlState]:
+        """What the player does in each frame of the next block. The very first one is a single
+        picture, which nothing moves."""
+        still = 1 if self.frame == 0 else 0
+        moving = self.block_frames - still
+        state = self.now.held.now(self.world.actions.forbidden)
+        return [ControlState()] * still + [state.shared(max(1, moving))] * moving
+
+    def _applied(self, controls: Sequence[Control]) -> Applied:
+        """The receipt of a block under ``controls``; what this world does not have is refused."""
         frames = self.block_frames
-        if len(keys) != frames:
-            raise ValueError(f"a block has {frames} latent frames, got keys for {len(keys)}")
-        held = tuple(map(self.world.actions.resolve, keys))
-        return Applied(held, self.prompt, self.context.table.cut)
+        if len(controls) != frames:
+            raise ValueError(f"a block has {frames} latent frames, got keys for {len(controls)}")
+        states = self.world.actions.track(controls)
+        told = [control.event_id for control in controls if isinstance(control, ControlState)]
+        event = max([self.now.held.newest.event_id, *told])
+        return Applied(states, self.prompt, self.context.table.cut, event)
 
-    def _reckoned(self, applied: Applied) -> tuple[Pose, ...]:
-        """The poses that controls lead to, at the end of each frame, where there are any."""
-        spec = self.world.config.actions
-        if spec is None:
-            return ()
-        poses = spec.reckon(spec.multi_hot(applied.keys), np.array(self.pose))
-        return tuple((x, y, heading) for x, y, heading in poses.tolist())
-
-    def _conditioning(self, applied: Applied, poses: tuple[Pose, ...]) -> Conditioning:
-        """The tensors that controls become."""
+    def _conditioning(self, applied: Applied, start: Pose) -> tuple[Conditioning, tuple[Pose, ...]]:
+        """The tensors that controls become, and the poses at the end of each frame that they lead
+        to from ``start``, where there are any."""
         keys, values = self.asked.keys, self.asked.values
         spec = self.world.config.actions
         if spec is None:
-            return Conditioning(keys, values)
-        places, columns = np.array(poses), self.context.pool.shape.grid[1]
-        told = spec.actions(spec.multi_hot(applied.keys), places), spec.rays(places, columns)
+            return Conditioning(keys, values), ()
+        columns = self.context.pool.shape.grid[1]
+        told = spec.encode(applied.controls, np.array(start), columns)
         actions, rays = (
             torch.from_numpy(x)[None].to(self.world.device).expand(self.settings.rows, *x.shape)
-            for x in told
+            for x in (told.actions, told.rays)
         )
-        return Conditioning(keys, values, actions=actions, rays=rays)
+        reached = tuple(tuple(pose) for pose in told.poses.tolist())
+        return Conditioning(keys, values, actions=actions, rays=rays), reached
 
     def _fresh(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
         if self._noise is None:
@@ -610,6 +631,12 @@ class Session:
         if tuple(given.shape) != shape:
             raise ValueError(f"noise must be {shape}, got {tuple(given.shape)}")
         return given.float()
+
+
+def _heeded(held: Held, frame: int) -> Held:
+    """What remains to be heeded at latent frame ``frame``, after a block made under ``held``: a
+    first picture alone, which nothing moves, has heeded nothing."""
+    return held.spent() if frame > 1 else held
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from worldsim.cache.context import Event
 from worldsim.cache.policy import Pose, Table
 from worldsim.cache.pool import PagePool
 from worldsim.config import Settings
-from worldsim.controls import IDLE, Keys
+from worldsim.controls import ControlState, Held, Keys
 from worldsim.models.autoencoder import Carry
 from worldsim.models.transformer import Conditioning
 from worldsim.rollout import Known
@@ -51,12 +51,25 @@ Change = Asked | Event  # what is done to a session between two blocks
 
 @dataclass(frozen=True)
 class Applied:
-    """What a block was made under: held keys of each latent frame, the prompt, and whether it
-    begins a new scene."""
+    """What a block was made under.
 
-    keys: tuple[Keys, ...]
+    Attributes:
+        controls: of each latent frame.
+        prompt: as it was asked for.
+        cut: whether it begins a new scene.
+        event: the newest event of a player that it heeds, 0 where nobody counts; blocks that were
+            made alike are equal whoever asked for them.
+    """
+
+    controls: tuple[ControlState, ...]
     prompt: str
     cut: bool = False
+    event: int = field(default=0, compare=False)
+
+    @property
+    def keys(self) -> tuple[Keys, ...]:
+        """Held keys of each latent frame."""
+        return tuple(state.buttons for state in self.controls)
 
 
 @dataclass
@@ -82,11 +95,13 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A finished block, what it was made under, and the pose at the end of each frame."""
+    """A finished block, what it was made under, and the pose at the end of each frame; ``start``:
+    the pose before the first one."""
 
     block: Block
     conditioning: Conditioning
     poses: tuple[Pose, ...]
+    start: Pose = ORIGIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +110,14 @@ class Played:
 
     Attributes:
         changes: what was done between the block before and this one, in order.
-        held: keys that were held.
+        held: what was heard from the player.
         applied: see `Applied`.
         known: frames of it that were given.
         given: its latents, where it was given whole.
     """
 
     changes: tuple[Change, ...]
-    held: Keys
+    held: Held
     applied: Applied
     known: Known | None = None
     given: Tensor | None = None
@@ -117,7 +132,7 @@ class Moment:
         frame: absolute index of its first latent frame.
         asked: what is asked for from the next block on.
         asked_before: what the newest block was made under.
-        held: keys that are held from the next block on.
+        held: what was heard from the player, for the next block.
         origin: the same for all that began as one session did.
         pose: where the player is.
         changes: what was done since the newest block.
@@ -131,7 +146,7 @@ class Moment:
     block: int = 0
     frame: int = 0
     asked_before: Asked | None = None
-    held: Keys = IDLE
+    held: Held = field(default_factory=Held)
     pose: Pose = ORIGIN
     changes: tuple[Change, ...] = ()
     given: tuple[Block, ...] = ()

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.progress import track as progress_track
 from torch import Tensor
 
+from worldsim.actions import ActionSpec
 from worldsim.cache.context import Context
 from worldsim.cache.mid import check_form
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
-from worldsim.controls import ActionSpec, Keys, parse_prompts
+from worldsim.controls import Control
 from worldsim.fingerprint import fingerprint
 from worldsim.loaded import Loaded
 from worldsim.memory import MemoryReport, report
@@ -43,7 +44,7 @@ from worldsim.quantize import nbytes
 from worldsim.rollout import Noise, OnStep
 from worldsim.saving import load
 from worldsim.schedule import Cell
-from worldsim.script import Script
+from worldsim.script import Script, parse_prompts
 from worldsim.session import Session, decode
 from worldsim.state import Asked, Block
 
@@ -404,7 +405,7 @@ class World(Loaded):
     def stream(
         self,
         prompt: str | None = None,
-        controls: str | Sequence[Keys] | None = None,
+        controls: str | Sequence[Control] | None = None,
         seed: int = 0,
         blocks: int | None = None,
         steps: int | None = None,
@@ -420,9 +421,9 @@ class World(Loaded):
 
         Args:
             prompt: one prompt, or several over time (``red brick[4s] | night[4s]``).
-            controls: a script or held keys of each latent frame from the second on (the first is a
-                single picture, which nothing moves). After its end nothing is held; None plays the
-                world's own script over and over.
+            controls: a script, or held keys or a `ControlState` for each latent frame from the
+                second on (the first is a single picture, which nothing moves). After its end
+                nothing is held; None plays the world's own script over and over.
             decoding: False leaves ``block.frames`` empty for the caller to decode.
             on_step: sees every denoise cell and its predicted clean latents.
             schedule: a sampler and its step list, see `WorldConfig.sampling`.
@@ -445,7 +446,7 @@ class World(Loaded):
         return self._blocks(opened, script, blocks, decoding, on_step)
 
     def script(
-        self, prompt: str | None = None, controls: str | Sequence[Keys] | None = None
+        self, prompt: str | None = None, controls: str | Sequence[Control] | None = None
     ) -> Script:
         """Prompts and controls over time as `stream` takes them.
 
@@ -459,10 +460,10 @@ class World(Loaded):
             self.text(segment.prompt)
         wanted = self.config.controls if controls is None else controls
         if isinstance(wanted, str):
-            keys = self.actions.parse(wanted)
+            states = self.actions.parse(wanted)
         else:
-            keys = tuple(self.actions.resolve(held) for held in wanted)
-        return Script(segments, keys, repeated=controls is None)
+            states = tuple(map(self.actions.state, wanted))
+        return Script(segments, states, repeated=controls is None)
 
     def decoded(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """Decode a stream's blocks (made with ``decoding=False``) as they come, in order."""
