@@ -94,6 +94,9 @@ def stream(
             "middle of a short stream), and a summary of where their time went."
         ),
     ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Replay file (.wsrun) of the run, for 'worldsim replay'.")
+    ] = None,
 ) -> None:
     """Walk through a world and write what one sees, as it is made."""
     with _loading():
@@ -104,9 +107,36 @@ def stream(
         StreamOptions(
             out, Setting(world, steps, cache, schedule, dtype), prompt, controls, seconds, seed,
             fps, scale, device, threads, profile, image, guidance, negative_prompt,
-            compile=compile,
+            compile=compile, record=record,
         )
     )  # fmt: skip
+
+
+@app.command(
+    epilog="Examples:  worldsim stream maze.mp4 --record run.wsrun  ·  worldsim replay run.wsrun "
+    "--verify  ·  worldsim replay run.wsrun --out again.mp4"
+)
+def replay(
+    run: Annotated[Path, typer.Argument(help="Replay file: of 'stream --record' or of the page.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every block; exit code 1 where one differs.")
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option(help="Video of it; what was rewound is not in it.")
+    ] = None,
+    branch: Annotated[int, typer.Option(help="Whose video: 0, or the number of a fork.")] = 0,
+    world: Annotated[
+        str | None, typer.Option(help="Where the world is; default: as it was recorded.")
+    ] = None,
+    scale: Scale = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Make a recorded run again, and compare it block by block."""
+    with _loading():
+        from worldsim.apps.replay import ReplayOptions, run_again
+
+    run_again(ReplayOptions(run, verify, out, branch, world, scale, device, threads))
 
 
 @app.command(epilog="Examples:  worldsim bench --json bench.json  ·  worldsim bench --model medium")

@@ -43,6 +43,7 @@ class StreamOptions:
     guidance: float | None = None
     negative_prompt: str | None = None
     compile: bool = False
+    record: Path | None = None
 
 
 @dataclass
@@ -79,6 +80,8 @@ def run(options: StreamOptions) -> None:
         if options.profile.suffix != ".json":
             raise ValueError(f"--profile is a .json file, got {str(options.profile)!r}")
         check_writable(options.profile)
+    if options.record is not None:
+        check_writable(options.record)
     setting = options.setting
     world = open_world(setting.world, setting.dtype, options.device, options.threads)
     if world.autoencoder is None:
@@ -93,7 +96,7 @@ def run(options: StreamOptions) -> None:
     blocks = world.stream(
         options.prompt, options.controls, options.seed, count, setting.steps, setting.cache,
         decoding=False, schedule=setting.schedule, guidance=options.guidance,
-        negative_prompt=options.negative_prompt, pictures=options.image,
+        negative_prompt=options.negative_prompt, pictures=options.image, record=options.record,
     )  # fmt: skip
     # A pipe gets the world's own pixels, a file what people can see.
     scale = options.scale or (1 if options.out == "-" else shown_scale(world))

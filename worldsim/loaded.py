@@ -28,6 +28,7 @@ class Loaded:
     """What `worldsim.world.World` stands on; see the module docstring.
 
     Attributes:
+        source: what it was loaded from, as it was said.
         forward, commit: the transformer's passes, compiled or not.
     """
 
@@ -46,6 +47,7 @@ class Loaded:
         self.device = transformer.device
         self.dtype = transformer.proj_out.weight.dtype
         self.offloaded = False
+        self.source = config.name
         self.forward: Callable[..., Any] = transformer
         self.commit: Callable[..., Any] = transformer.commit
 
@@ -83,6 +85,7 @@ class Loaded:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"torch_dtype must be a torch dtype or 'auto', got {torch_dtype!r}")
         world = cls(*read_folder(folder, dtype, preset, _path(decoder)))
+        world.source = str(source)
         return world._placed(place, quantization_config)
 
     @classmethod
@@ -120,7 +123,9 @@ class Loaded:
             check_quantization(quantization_config)  # before anything large is read
         folder = None if base is None else locate(str(base))
         read = read_single_file(Path(path), preset, folder, config, torch_dtype, _path(decoder))
-        return cls(*read)._placed(place, quantization_config)
+        world = cls(*read)
+        world.source = str(path)
+        return world._placed(place, quantization_config)
 
     def _placed(self: L, place: torch.device, quantization_config: Any) -> L:
         """On its device, once it is loaded."""

@@ -6,24 +6,16 @@ data. What a world knows anyway is not in it: weights, and keys and values of wo
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from worldsim.cache.config import CacheConfig
-from worldsim.cache.context import Event
-from worldsim.cache.policy import Entry, Mid, Table
-from worldsim.cache.pool import PageKind
 from worldsim.config import Settings
-from worldsim.models.transformer import Conditioning
-from worldsim.rollout import Known
-from worldsim.schedule import Schedule
-from worldsim.state import Applied, Asked, Block, Decoding, Made, Moment, Snapshot
+from worldsim.plain import Pack, Unpack
+from worldsim.state import Asked, Snapshot
 
 if TYPE_CHECKING:
     from worldsim.session import Session
@@ -31,18 +23,6 @@ if TYPE_CHECKING:
 
 FORMAT = "worldsim session 1"
 HEADER = "worldsim"
-PLAIN: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        Applied, Asked, Block, CacheConfig, Conditioning, Decoding, Entry, Event, Known, Made, Mid,
-        Moment, PageKind, Schedule, Settings, Table,
-    )
-}  # fmt: skip
-LEFT_OUT = {
-    "Asked": ("keys", "values"),
-    "Block": ("frames", "timings"),
-    "Moment": ("origin", "past"),
-}
 
 
 def save(session: "Session", path: str | Path) -> None:
@@ -76,7 +56,7 @@ def save(session: "Session", path: str | Path) -> None:
         "tables": tables,
         "newest": {str(lane): list(rows) for lane, rows in snapshot.newest.items()},
     }
-    pack = _Pack()
+    pack = Pack()
     header = {HEADER: json.dumps(pack.plain(told))}
     part = target.with_name(f".{target.name}.part")
     try:
@@ -106,7 +86,7 @@ def load(
                 name: file.get_tensor(name).to(world.device)
                 for name in file.keys()  # noqa: SIM118  # it is no dict
             }
-        return _opened(_Unpack(world, tensors), told, open_session)
+        return _opened(Unpack(world, tensors), told, open_session)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except (SafetensorError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -125,7 +105,7 @@ def _check(world: "World", told: dict[str, Any], path: str | Path) -> None:
 
 
 def _opened(
-    unpack: "_Unpack", told: dict[str, Any], open_session: Callable[[Settings, Asked], "Session"]
+    unpack: Unpack, told: dict[str, Any], open_session: Callable[[Settings, Asked], "Session"]
 ) -> "Session":
     settings = unpack.settings = unpack.read(told["settings"])
     moment = unpack.read(told["moment"])
@@ -148,68 +128,3 @@ def _opened(
         session.close()
         raise
     return session
-
-
-@dataclass
-class _Pack:
-    """Turns values into JSON; tensors are numbered and put aside."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    _known: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
-
-    def plain(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {"tensor": self._name(value)}
-        if isinstance(value, Enum):
-            return {"is": type(value).__name__, "value": value.value}
-        if is_dataclass(value):
-            name = type(value).__name__
-            kept = [f.name for f in fields(value) if f.name not in LEFT_OUT.get(name, ())]
-            return {
-                "is": name, "fields": {k: self.plain(getattr(value, k)) for k in kept}
-            }  # fmt: skip
-        if isinstance(value, frozenset):
-            return {"set": sorted(value)}
-        if isinstance(value, dict):
-            return {key: self.plain(item) for key, item in value.items()}
-        if isinstance(value, tuple | list):
-            return [self.plain(item) for item in value]
-        return value
-
-    def _name(self, tensor: Tensor) -> str:
-        """The same for the same tensor: what is one object is one again after loading."""
-        if id(tensor) not in self._known:
-            name = str(len(self._known))
-            self._known[id(tensor)] = name, tensor
-            self.tensors[name] = tensor.detach().cpu().contiguous().clone()
-        return self._known[id(tensor)][0]
-
-
-@dataclass
-class _Unpack:
-    """And back: lists become tuples."""
-
-    world: "World"
-    tensors: dict[str, Tensor]
-    settings: Settings | None = None
-
-    def read(self, written: Any) -> Any:
-        if isinstance(written, list):
-            return tuple(map(self.read, written))
-        if not isinstance(written, dict):
-            return written
-        if "tensor" in written:
-            return self.tensors[written["tensor"]]
-        if "set" in written:
-            return frozenset(written["set"])
-        kind = PLAIN[written["is"]]
-        if "value" in written:
-            return kind(written["value"])
-        values = {name: self.read(value) for name, value in written["fields"].items()}
-        if kind is Asked:
-            assert self.settings is not None
-            prompt = None if values["embeds"] is not None else values["prompt"]
-            return self.world.ask(self.settings, prompt, values["embeds"], values["negative"])
-        if kind is Moment:
-            values["origin"] = object()
-        return kind(**values)

@@ -44,6 +44,7 @@ from worldsim.state import (
 )
 
 if TYPE_CHECKING:
+    from worldsim.replay import Recorder
     from worldsim.world import World
 
 Lanes = dict[int, list[ContextView]]  # of each lane, the views of its rows
@@ -68,6 +69,7 @@ class Session:
         self.now = Moment(asked, origin=object(), pose=(0.0,) * world.actions.pose_dim)
         self.decoding = Decoding()
         self._noise = noise
+        self.recorder: Recorder | None = None
         self._closed = False
         self._going = Flag()
         self._going.set()
@@ -258,9 +260,14 @@ class Session:
     def pause(self) -> None:
         """No block is made until `resume`; may be called from any thread."""
         self._going.clear()
+        if self.recorder is not None:
+            self.recorder.paused(self, True)
 
     def resume(self) -> None:
+        """Go on after `pause`."""
         self._going.set()
+        if self.recorder is not None:
+            self.recorder.paused(self, False)
 
     @property
     def paused(self) -> bool:
@@ -472,6 +479,13 @@ class Session:
                 "this snapshot is of another world, or of before it was moved or cast: open a new "
                 "session"
             )
+        if self.recorder is not None:
+            if not self.now.comes_from(snapshot.moment):
+                raise ValueError("a session that is recorded can only go back along its own way")
+            self.recorder.rewound(self, snapshot.block)
+        self._go_to(snapshot)
+
+    def _go_to(self, snapshot: Snapshot) -> None:
         self._pending = None
         for lane, rows in self._contexts.items():
             states = zip(rows, snapshot.tables[lane], snapshot.newest[lane], strict=True)
@@ -488,7 +502,10 @@ class Session:
             self.world, self.settings, self.asked, self._noise, self._history_bytes, awake=False
         )
         twin.history = self.history.copy()
-        twin.restore(here)
+        twin._go_to(here)
+        if self.recorder is not None:
+            twin.recorder = self.recorder
+            self.recorder.forked(self, twin)
         return twin
 
     def rewind(self, to_block: int) -> None:
@@ -502,12 +519,17 @@ class Session:
         now, seen = self.now, 0 < self.decoded == self.block
         if not 0 <= to_block <= now.block:
             raise ValueError(f"cannot go back to block {to_block}: the next one is {now.block}")
-        start = self.history.before(to_block, now)
-        self.restore(start)
-        for played in now.past[start.block - now.reach : to_block - now.reach]:
-            block = self.play(played)
-            if seen:
-                self.decode(block)
+        self._go_to(self.history.before(to_block, now))
+        recorder, self.recorder = self.recorder, None  # what is made again is no news
+        try:
+            for played in now.past[self.block - now.reach : to_block - now.reach]:
+                block = self.play(played)
+                if seen:
+                    self.decode(block)
+        finally:
+            self.recorder = recorder
+        if recorder is not None:
+            recorder.rewound(self, to_block)
         held = now.past[to_block - now.reach - 1].held if to_block > now.reach else Held()
         self.now = replace(self.now, held=_heeded(held, self.frame))
 
@@ -529,6 +551,19 @@ class Session:
         from worldsim.saving import save
 
         save(self, path)
+
+    def record(self, path: str | Path) -> "Recorder":
+        """Write a replay file (.wsrun) of all that is done from here on, forks included.
+
+        Raises:
+            ValueError: if it has made blocks already (given ones may be there), or has what no file
+                can hold.
+            OSError: where it cannot be written.
+        """
+        from worldsim.replay import Recorder
+
+        self.recorder = Recorder(path, self)
+        return self.recorder
 
     @property
     def has_own_noise(self) -> bool:
@@ -589,6 +624,8 @@ class Session:
             changes=(),
             past=(*now.past[max(0, len(now.past) + 1 - PAST) :], played),
         )
+        if self.recorder is not None:
+            self.recorder.made(self, played, made.block)
 
     def _live(self) -> list[ControlState]:
         """What the player does in each frame of the next block. The very first one is a single

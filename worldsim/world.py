@@ -283,12 +283,18 @@ class World(Loaded):
                 f"{list(given.shape)}"
             )
         asked = self.ask(settings, prompt, prompt_embeds, negative_prompt_embeds)
-        session = Session(self, settings, asked, noise, history)
+        session = self.open(settings, asked, history, noise)
         while given is not None and given.shape[2]:
             count = session.block_frames
             session.give(given[:, :, :count])
             given = given[:, :, count:]
         return session
+
+    def open(
+        self, settings: Settings, asked: Asked, history: int = 0, noise: Noise | None = None
+    ) -> Session:
+        """A session of checked settings, such as another one has; see `session`."""
+        return Session(self, settings, asked, noise, history)
 
     def load_session(self, path: str | Path, history: int = 0) -> Session:
         """A session that was written by `Session.save`: it goes on bit for bit, where the machine
@@ -297,7 +303,7 @@ class World(Loaded):
         Raises:
             ValueError: for a file that is none, is damaged, or is of another world.
         """
-        return load(self, path, partial(Session, self, history=history))
+        return load(self, path, partial(self.open, history=history))
 
     @property
     def fingerprint(self) -> str:
@@ -416,6 +422,7 @@ class World(Loaded):
         guidance: float | None = None,
         negative_prompt: str | None = None,
         pictures: Any = None,
+        record: str | Path | None = None,
     ) -> Iterator[Block]:
         """Blocks of a new session, one by one, for ever or ``blocks`` many.
 
@@ -429,6 +436,7 @@ class World(Loaded):
             schedule: a sampler and its step list, see `WorldConfig.sampling`.
             guidance, negative_prompt: see `session`.
             pictures: that it begins with, see `session`; they are its first blocks.
+            record: a replay file (.wsrun) to write, see `Session.record`.
 
         Everything is checked at the call, before the first block.
         """
@@ -443,7 +451,7 @@ class World(Loaded):
             self.session, script.prompt(0), seed, steps, cache, schedule,
             guidance=guidance, negative_prompt=negative_prompt, given=given,
         )  # fmt: skip
-        return self._blocks(opened, script, blocks, decoding, on_step)
+        return self._blocks(opened, script, blocks, decoding, on_step, record)
 
     def script(
         self, prompt: str | None = None, controls: str | Sequence[Control] | None = None
@@ -480,8 +488,11 @@ class World(Loaded):
         blocks: int | None,
         decoding: bool,
         on_step: OnStep | None,
+        record: str | Path | None,
     ) -> Iterator[Block]:
         with opened() as session:
+            if record is not None:
+                session.record(record)
             for block in session.given[:blocks]:
                 yield session.decode(block) if decoding else block
             while blocks is None or session.block < blocks:

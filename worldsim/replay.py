@@ -1,0 +1,308 @@
+"""A run as a file: what was done to a world, block by block, to do it again and to compare.
+
+A ``.wsrun`` is JSON, a line for each thing: first the world, its settings and the prompt; then each
+block with what was changed before it, its controls and a hash of its latents; rewinds, forks and
+pauses where they happened. A line is written when its block is made, so what a killed process
+leaves behind is good up to its last complete block.
+"""
+
+import base64
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldsim.cache.context import Event
+from worldsim.controls import ControlState, Held
+from worldsim.fingerprint import digest_of
+from worldsim.plain import Pack, Unpack
+from worldsim.state import Applied, Asked, Block, Change, Played
+
+if TYPE_CHECKING:
+    from worldsim.session import Session
+    from worldsim.world import World
+
+FORMAT = 1
+LONGEST = 4 * 2**20  # bytes of a line
+LARGEST = 256 * 2**20  # bytes of a file
+HISTORY = 2**26  # bytes of the snapshots that rewinds start from
+
+
+class Recorder:
+    """Writes the runs of a session and of its forks; made by `Session.record`.
+
+    Attributes:
+        path: the file.
+        error: why nothing is written any more, where that is so.
+    """
+
+    def __init__(self, path: str | Path, session: "Session") -> None:
+        if session.has_own_noise:
+            raise ValueError("a session with noise= of its own cannot be recorded: it is no data")
+        if session.asked.embeds is not None or session.asked.negative is not None:
+            raise ValueError("prompt_embeds cannot be recorded: give the prompt in words")
+        begun = [played for played in session.now.past if played.given is None]
+        if begun or session.now.reach or session.now.changes:
+            raise ValueError("a recording begins with its session: record before the first block")
+        self.path = Path(path)
+        self.error: str | None = None
+        self._branches: WeakKeyDictionary[Session, int] = WeakKeyDictionary({session: 0})
+        self._file = self.path.open("wb")
+        world = session.world
+        self._write({
+            "wsrun": FORMAT,
+            "world": world.config.name,
+            "source": world.source,
+            "fingerprint": world.fingerprint,
+            "torch": torch.__version__,
+            "settings": Pack().plain(session.settings),
+            "prompt": session.prompt,
+        })  # fmt: skip
+        for played, block in zip(session.now.past, session.given, strict=True):
+            self.made(session, played, block)
+
+    def made(self, session: "Session", played: Played, block: Block) -> None:
+        """A block has been made."""
+        if played.known is not None or any(_embeds(change) for change in played.changes):
+            return self._stop("known frames and prompt_embeds cannot be recorded")
+        told: dict[str, Any] = {"block": block.index, "hash": digest_of(block.latents)}
+        if played.changes:
+            told["changes"] = list(map(_told, played.changes))
+        told["controls"] = [state.as_dict() for state in played.applied.controls]
+        if played.given is not None:
+            told["given"] = _text(played.given)
+        return self._of(session, told)
+
+    def rewound(self, session: "Session", to_block: int) -> None:
+        self._of(session, {"rewind": to_block})
+
+    def paused(self, session: "Session", paused: bool) -> None:
+        self._of(session, {"pause": session.block} if paused else {"resume": session.block})
+
+    def forked(self, session: "Session", twin: "Session") -> None:
+        self._branches[twin] = 1 + max(self._branches.values())
+        self._of(session, {"fork": self._branches[twin], "at": session.block})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _of(self, session: "Session", told: dict[str, Any]) -> None:
+        branch = self._branches[session]
+        self._write({**told, "branch": branch} if branch else told)
+
+    def _write(self, told: Mapping[str, Any]) -> None:
+        if self.error is not None or self._file.closed:
+            return
+        try:
+            self._file.write(json.dumps(told).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            self._stop(f"{error.strerror or error}")
+
+    def _stop(self, why: str) -> None:
+        """The session goes on; the file is good up to here."""
+        self.error = f"recording to {self.path} has ended: {why}"
+        warnings.warn(self.error, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recording that has been read.
+
+    Attributes:
+        head: its first line.
+        lines: the others, in order.
+    """
+
+    head: Mapping[str, Any]
+    lines: tuple[Mapping[str, Any], ...]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that were made, over all branches."""
+        return sum("block" in line for line in self.lines)
+
+    def way(self, branch: int = 0) -> list[int]:
+        """Which of the blocks that were made led to the end of a branch, by their number in the
+        file: those of the branch it was forked from are among them, rewound ones are not.
+
+        Raises:
+            ValueError: for a branch that it does not have.
+        """
+        ways: dict[int, list[int]] = {0: []}
+        made = -1
+        for line in self.lines:
+            own = ways.setdefault(line.get("branch", 0), [])
+            if "fork" in line:
+                ways[line["fork"]] = list(own)
+            elif "rewind" in line:
+                del own[line["rewind"] :]
+            elif "block" in line:
+                own.append(made := made + 1)
+        if branch not in ways:
+            raise ValueError(f"there is no branch {branch}: this recording has {sorted(ways)}")
+        return ways[branch]
+
+    @property
+    def dtype(self) -> str:
+        """In which it was made."""
+        settings = self.head.get("settings")
+        told = settings.get("fields") if isinstance(settings, dict) else None
+        return str(told.get("dtype")) if isinstance(told, dict) else ""
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a recording; a last line that is not complete is left out.
+
+    Raises:
+        ValueError: for a file that is none, or is too large.
+    """
+    try:
+        size = Path(path).stat().st_size
+        data = Path(path).read_bytes() if size <= LARGEST else b""
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+    if size > LARGEST:
+        raise ValueError(f"{path} is larger than any recording ({LARGEST >> 20} MiB)")
+    return parse_run(data, str(path))
+
+
+def parse_run(data: bytes, name: str = "the recording") -> Run:
+    """The same of bytes from anywhere."""
+    lines = []
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            told = json.loads(line) if len(line) <= LONGEST else None
+        except (ValueError, RecursionError):
+            told = None
+        if not isinstance(told, dict):
+            raise ValueError(f"{name}: line {number} is damaged")
+        lines.append(told)
+    if not lines or lines[0].get("wsrun") != FORMAT:
+        raise ValueError(f"{name} is no recording (.wsrun) that this version reads")
+    return Run(lines[0], tuple(lines[1:]))
+
+
+class Differs(Exception):
+    """A block that was made again is another one; the text says which and why that may be."""
+
+
+@dataclass
+class Replay:
+    """Makes a recorded run once more.
+
+    Attributes:
+        world: on which.
+        verify: compare every block's hash.
+        told: ways in which this world is not the recorded one.
+    """
+
+    world: "World"
+    run: Run
+    verify: bool = True
+    told: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        head, world = self.run.head, self.world
+        dtype = str(world.dtype).removeprefix("torch.")
+        self.settings = self._settings()
+        if self.settings.dtype != dtype:
+            self.told.append(f"it was made in {self.settings.dtype}, and this world is in {dtype}")
+        elif head.get("fingerprint") != world.fingerprint:
+            self.told.append(
+                f"the world {head.get('world')!r} had other weights or another world.json"
+            )
+        if head.get("torch") != torch.__version__:
+            self.told.append(f"it was made by torch {head.get('torch')}, not {torch.__version__}")
+
+    def __iter__(self) -> Iterator[tuple[int, Block]]:
+        """Each block with its branch, decoded, in the order in which they were made.
+
+        Raises:
+            Differs: at the first block whose hash is another one.
+            ValueError: for a line that cannot be followed.
+        """
+        first = self.world.ask(self.settings, self.run.head["prompt"])
+        branches = {0: self.world.open(self.settings, first, HISTORY)}
+        try:
+            for number, line in enumerate(self.run.lines, 2):
+                try:
+                    branch = line.get("branch", 0)
+                    block = self._follow(branches, branch, line)
+                except (LookupError, TypeError, AttributeError) as error:
+                    what = f"line {number} of the recording makes no sense: {error!r}"
+                    raise ValueError(what) from None
+                if block is not None:
+                    yield branch, block
+        finally:
+            for session in branches.values():
+                session.close()
+
+    def _follow(
+        self, branches: dict[int, "Session"], branch: int, line: Mapping[str, Any]
+    ) -> Block | None:
+        session = branches[branch]
+        if "rewind" in line:
+            session.rewind(line["rewind"])
+        elif "fork" in line:
+            branches[line["fork"]] = session.fork()
+        elif "block" in line:
+            if line["block"] != session.block:
+                raise ValueError(f"block {line['block']} comes where {session.block} should")
+            block = session.play(self._played(session, line))
+            if self.verify and (made := digest_of(block.latents)) != line["hash"]:
+                raise Differs(self._difference(line, made))
+            return session.decode(block)
+        return None
+
+    def _played(self, session: "Session", line: Mapping[str, Any]) -> Played:
+        changes = tuple(self._change(session, change) for change in line.get("changes", ()))
+        controls = tuple(map(ControlState.from_dict, line["controls"]))
+        given = line.get("given")
+        latents = None if given is None else _latents(given, session.latent_shape)
+        return Played(changes, Held(), Applied(controls, session.prompt), given=latents)
+
+    def _change(self, session: "Session", told: Mapping[str, str]) -> Change:
+        if "prompt" in told:
+            return self.world.ask(session.settings, told["prompt"])
+        return Event(told["event"])
+
+    def _settings(self) -> Any:
+        try:
+            return Unpack(self.world).read(self.run.head["settings"])
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"the recording's settings make no sense: {error!r}") from None
+
+    def _difference(self, line: Mapping[str, Any], made: str) -> str:
+        branch = f" of branch {line['branch']}" if line.get("branch") else ""
+        why = "; ".join(self.told) or "the file, or how this machine computes, is another"
+        return (
+            f"block {line['block']}{branch} differs: {line['hash']} was recorded, {made} is made "
+            f"here ({why})"
+        )
+
+
+def _embeds(change: Change) -> bool:
+    return isinstance(change, Asked) and change.embeds is not None
+
+
+def _told(change: Change) -> dict[str, str]:
+    return {"prompt": change.prompt} if isinstance(change, Asked) else {"event": change.value}
+
+
+def _text(latents: Tensor) -> str:
+    return base64.b64encode(latents.cpu().contiguous().numpy().tobytes()).decode()
+
+
+def _latents(text: str, shape: tuple[int, ...]) -> Tensor:
+    numbers = np.frombuffer(base64.b64decode(text), dtype=np.float32)
+    if numbers.size != np.prod(shape):
+        raise ValueError(f"given latents must be {shape}")
+    return torch.from_numpy(numbers.copy()).reshape(shape)
