@@ -47,7 +47,6 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous()
-    return (
-        memoryview(plain.flatten().view(torch.uint8).numpy()) if plain.numel() else memoryview(b"")
-    )
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
