@@ -27,7 +27,10 @@ STEPS = typer.Option(help="Denoising steps of a block.")
 CACHE = typer.Option(
     help="What the context keeps, e.g. 'sink=3,mid=8:pool,recent=9:int8,positions=packed'."
 )
-SCHEDULE = typer.Option(help="Sampler, with or without steps: 'euler', 'renoise:1000,750,500,250'.")
+SCHEDULE = typer.Option(
+    help="Sampler, schedule or both, with or without steps: 'euler', 'tpp', "
+    "'renoise+hiar:1000,750,500,250'. See 'worldsim schedule show'."
+)
 DTYPE = typer.Option(help="auto, float32, bfloat16 or float16.")
 Steps = Annotated[int | None, STEPS]
 Cache = Annotated[str | None, CACHE]
@@ -368,6 +371,33 @@ def sheet(
         from worldsim.apps.sheet import run
 
     run(out, seed, rows, seconds, height, width)
+
+
+schedules = typer.Typer(no_args_is_help=True, help="Look at schedules before they run.")
+app.add_typer(schedules, name="schedule")
+
+
+@schedules.command(
+    epilog="Examples:  worldsim schedule show tpp --ranks 4  ·  worldsim schedule show hiar "
+    "--blocks 8 --steps 4 --out grid.png"
+)
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="serial, fused, reuse, diagonal, disa, tpp, batch, ring, hiar, rolling, lag1, …"
+        ),
+    ],
+    blocks: Annotated[int, typer.Option(help="Blocks to show.")] = 8,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a block.")] = 4,
+    ranks: Annotated[int | None, typer.Option(help="Default: one for each step.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also draw it as this .png.")] = None,
+) -> None:
+    """Which cell runs when and on which rank; bubbles, the longest chain, delay of a control."""
+    with _loading():
+        from worldsim.apps.schedule_show import ShowOptions, run
+
+    run(ShowOptions(name, blocks, steps, ranks, out))
 
 
 @contextmanager

@@ -303,7 +303,9 @@ def test_cells_of_a_block() -> None:
     assert list(schedule.cells(7)) == [
         Cell("denoise", 7, k, timesteps[k], sigmas[k], sigmas[k + 1], CLEAN) for k in range(4)
     ]
-    assert schedule.commit_cell(7) == Cell("commit", 7, CLEAN, 20.0, 0.0)
+    assert schedule.commit_cell(7) == Cell(
+        "commit", 7, CLEAN, 20.0, 0.0, reads=CLEAN, publishes=CLEAN
+    )
 
 
 def test_first_blocks_may_have_steps_of_their_own() -> None:
@@ -341,7 +343,7 @@ def test_a_schedule_line_names_a_sampler_and_its_steps(make_world: Callable[...,
 @pytest.mark.parametrize(
     ("steps", "line", "message"),
     [
-        (None, "heun", "must begin with one of renoise, euler"),
+        (None, "heun", "'heun' is none of renoise, euler"),
         (None, "euler:1000,x", "a step list is written as"),
         (None, "euler:", "a step list is written as"),
         (None, "euler:500,600", "descending"),

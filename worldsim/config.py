@@ -8,6 +8,7 @@ from typing import Any
 
 from worldsim.actions import ActionSpec
 from worldsim.cache.config import CacheConfig
+from worldsim.lines import read
 from worldsim.samplers import SAMPLERS
 from worldsim.schedule import Schedule
 
@@ -83,27 +84,17 @@ class WorldConfig:
 
         Args:
             steps: number of uniform steps, None for the world's own.
-            line: a sampler with or without its step list, as in ``euler`` or
-                ``renoise:1000,750,500,250``; None for the world's own.
+            line: a sampler, the name of a schedule, or both, with or without a step list, as in
+                ``euler``, ``tpp`` or ``renoise+hiar:1000,750,500,250``; None for the world's own.
 
         Raises:
-            ValueError: for an unknown sampler, a bad step list, or both a list and a number.
+            ValueError: for words that nobody knows, a bad step list, or both a list and a number.
         """
         if line is None:
             return self.schedule(steps), self.sampler
-        sampler, colon, listed = line.partition(":")
-        if sampler not in SAMPLERS:
-            raise ValueError(
-                f"schedule: {line!r} must begin with one of {', '.join(SAMPLERS)}, "
-                "as in 'renoise:1000,750,500,250'"
-            )
-        if not colon:
-            return self.schedule(steps, sampler), sampler
-        if steps is not None:
-            raise ValueError(f"schedule: {line!r} lists its steps; leave out the number of steps")
-        if sampler == "unipc":
-            raise ValueError("schedule: unipc makes its own step list: give the number of steps")
-        return Schedule.listed(listed, self.shift, self.context_timestep, self.grid), sampler
+        words = line.partition(":")[0].split("+")
+        plain = self.schedule(steps, next((word for word in words if word in SAMPLERS), None))
+        return read(line, plain, self.sampler, steps is not None)
 
     def cache_config(self, line: str | None = None) -> CacheConfig:
         """The world's cache, or the one that ``line`` describes."""

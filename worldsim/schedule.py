@@ -2,6 +2,10 @@
 
 Levels are flow matching: ``x_t = (1 - σ) x0 + σ ε``, timestep = 1000 σ, warped by a shift
 (σ' = s σ / (1 + (s - 1) σ)) and read from a 1000-entry float32 table, as Self-Forcing does.
+
+A *lane* is one context: what all blocks left behind at one level. A cell reads one lane; whatever
+it leaves behind goes to others, or to none. When the cells run, on what and side by side with which
+others, is `worldsim.wavefront`'s business and changes nothing that they compute.
 """
 
 from collections.abc import Iterator
@@ -13,8 +17,11 @@ import torch
 from torch import Tensor
 
 TABLE_SIZE = 1000
-CLEAN = -1  # the level of a finished block
+CLEAN = -1  # the level of a finished block, and the lane of such
+LAST = -2  # the lane of what every block's last step leaves behind, whichever level that is
 GRIDS = ("warped", "plain", "solver")
+CONTEXTS = ("clean", "fused", "last", "lag", "output", "joint")
+ORDERS = ("serial", "batch", "steps", "layers", "joint")
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class Cell:
         timestep: the level as the model is told it, 0…1000 (float: never rounded).
         sigma: noise share of the input at that level.
         next_sigma: noise share after this step; 0 ends the block.
-        reads: the level at which earlier blocks are read.
+        reads: the lane in which earlier blocks are read.
+        publishes: the lane in which later blocks read what this cell leaves behind, or None.
     """
 
     kind: str
@@ -38,11 +46,12 @@ class Cell:
     sigma: float
     next_sigma: float = 0.0
     reads: int = CLEAN
+    publishes: int | None = None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The serial schedule: denoise a block step by step, then commit it clean.
+    """Levels of each block, and at which levels it reads those before it.
 
     Attributes:
         steps: indices into a 1000-step training schedule, descending, for example
@@ -54,6 +63,19 @@ class Schedule:
             ``warp_denoising_step``). ``plain``: the timestep itself, whose σ is the table's nearest
             (CausVid). ``solver``: only how many there are counts, in equal steps of unshifted σ
             (Wan2.1's solvers).
+        context: what a block reads of those before it.
+            ``clean``: a context pass over their finished latents (Self-Forcing).
+            ``fused``: the same, but the pass shares a forward with the next block's first step:
+            equal to ``clean`` but for rounding.
+            ``last``: what their last step left behind; there is no context pass.
+            ``lag``: step s reads what their step s + ``lag`` left behind, or their last one.
+            ``output``: step s reads a context pass at the level that it leads to (HiAR).
+            ``joint``: the blocks of a window are denoised at once and see each other (Rolling
+            Forcing); no executor does that yet.
+        lag: see ``context``.
+        order: how cells are spread: ``serial``, a tick's cells in one ``batch``, ``steps`` on
+            ranks, ``layers`` on ranks, ``joint``. Changes no pixel, but for the rounding of
+            batches.
     """
 
     steps: tuple[int, ...]
@@ -61,6 +83,9 @@ class Schedule:
     context_timestep: float = 0.0
     first_steps: tuple[tuple[int, ...], ...] = ()
     grid: str = "warped"
+    context: str = "clean"
+    lag: int = 0
+    order: str = "serial"
 
     def __post_init__(self) -> None:
         for steps in (self.steps, *self.first_steps):
@@ -73,8 +98,21 @@ class Schedule:
             raise ValueError(f"schedule: shift must be above 0, got {self.shift}")
         if not 0 <= self.context_timestep <= TABLE_SIZE:
             raise ValueError(f"schedule: context_timestep must be in 0…{TABLE_SIZE}")
-        if self.grid not in GRIDS:
-            raise ValueError(f"schedule: grid must be one of {', '.join(GRIDS)}, got {self.grid!r}")
+        for name, known in (("grid", GRIDS), ("context", CONTEXTS), ("order", ORDERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"schedule: {name} must be one of {', '.join(known)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.lag < 0 or (self.lag and self.context != "lag"):
+            raise ValueError(f"schedule: lag must be 0 or more, and only where it is; {self.lag}")
+        if self.context in ("lag", "output", "joint") and any(
+            len(steps) != len(self.steps) for steps in self.first_steps
+        ):
+            raise ValueError(
+                "schedule: blocks that read each other level by level have equally many steps; "
+                "give one step list, or a context that is clean or last"
+            )
 
     @classmethod
     def uniform(
@@ -85,10 +123,7 @@ class Schedule:
         Raises:
             ValueError: unless 1 ≤ steps ≤ 1000.
         """
-        if not 1 <= steps <= TABLE_SIZE:
-            raise ValueError(f"schedule: steps must be in 1…{TABLE_SIZE}, got {steps}")
-        listed = tuple(TABLE_SIZE - (i * TABLE_SIZE) // steps for i in range(steps))
-        return cls(listed, shift, context_timestep, grid=grid)
+        return cls(equal_steps(steps), shift, context_timestep, grid=grid)
 
     @classmethod
     def listed(
@@ -107,24 +142,80 @@ class Schedule:
         return cls(tuple(map(int, parts)), shift, context_timestep, grid=grid)
 
     @property
+    def rule(self) -> str:
+        """What a model must have been trained with to be at home here: ``clean``, ``last``,
+        ``lag0``, ``lag1``, …, ``output`` or ``joint``."""
+        if self.context == "lag":
+            return f"lag{min(self.lag, len(self.steps) - 1)}"
+        return "clean" if self.context == "fused" else self.context
+
+    @property
     def lanes(self) -> tuple[int, ...]:
-        """Levels at which a context is kept of earlier blocks."""
-        return (CLEAN,)
+        """Every lane that some cell reads."""
+        count = len(self.steps)
+        if self.context == "lag":
+            return tuple(sorted({self._lane(level, count) for level in range(count)}))
+        if self.context == "output":
+            return (*range(1, count), CLEAN)
+        return (LAST,) if self.context == "last" else (CLEAN,)
 
     def step_list(self, block: int) -> tuple[int, ...]:
         """The step list of a block."""
         return self.first_steps[block] if block < len(self.first_steps) else self.steps
 
     def cells(self, block: int) -> Iterator[Cell]:
-        """The denoise cells of a block, in order; the commit cell is `commit_cell`."""
+        """The denoise cells of a block, in order; after them come its `commit_cells`."""
         timesteps, sigmas = levels(self.step_list(block), self.shift, self.grid)
+        count = len(sigmas)
         for level, (timestep, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
-            after = sigmas[level + 1] if level + 1 < len(sigmas) else 0.0
-            yield Cell("denoise", block, level, timestep, sigma, after)
+            after = sigmas[level + 1] if level + 1 < count else 0.0
+            yield Cell(
+                "denoise", block, level, timestep, sigma, after,
+                self._lane(level, count), self._left(level, count),
+            )  # fmt: skip
+
+    def commit_cells(self, block: int) -> tuple[Cell, ...]:
+        """The context passes of a block, in the order in which they may begin."""
+        if self.context in ("last", "lag"):
+            return ()
+        clean = self.commit_cell(block)
+        if self.context != "output":
+            return (clean,)
+        timesteps, sigmas = levels(self.step_list(block), self.shift, self.grid)
+        noisy = (
+            Cell("commit", block, s, timesteps[s], sigmas[s], reads=s, publishes=s)
+            for s in range(1, len(sigmas))
+        )
+        return (*noisy, clean)
 
     def commit_cell(self, block: int) -> Cell:
-        """The context pass of a block: its clean latents at ``context_timestep``."""
-        return Cell("commit", block, CLEAN, self.context_timestep, 0.0)
+        """The context pass of a block's clean latents, at ``context_timestep``."""
+        return Cell("commit", block, CLEAN, self.context_timestep, 0.0, publishes=CLEAN)
+
+    def _lane(self, level: int, count: int) -> int:
+        """The lane that a denoise cell reads."""
+        if self.context == "lag":
+            return min(level + self.lag, count - 1)
+        if self.context == "output":
+            return level + 1 if level + 1 < count else CLEAN
+        return LAST if self.context == "last" else CLEAN
+
+    def _left(self, level: int, count: int) -> int | None:
+        """The lane of a denoise cell's by-product."""
+        if self.context == "lag":
+            return level if level >= min(self.lag, count - 1) else None
+        return LAST if self.context == "last" and level == count - 1 else None
+
+
+def equal_steps(count: int) -> tuple[int, ...]:
+    """So many equal steps of the training schedule: 4 gives 1000, 750, 500, 250.
+
+    Raises:
+        ValueError: unless 1 ≤ count ≤ 1000.
+    """
+    if not 1 <= count <= TABLE_SIZE:
+        raise ValueError(f"schedule: steps must be in 1…{TABLE_SIZE}, got {count}")
+    return tuple(TABLE_SIZE - (i * TABLE_SIZE) // count for i in range(count))
 
 
 def shift_table(shift: float) -> tuple[Tensor, Tensor]:
