@@ -112,7 +112,7 @@ class Context:
                 page = self.pool.acquire(PageKind(per_frame, format_))
                 rows = slice(i * per_frame, (i + 1) * per_frame)
                 self.pool.write(page, keys[:, :, rows], values[:, :, rows])
-                entries.append(Entry(frame, page, pose=pose))
+                entries.append(Entry(frame, page, pose=pose, level=level))
         except BaseException:
             self._release(set(entries))  # no memory for the rest: none of it is kept
             raise

@@ -29,6 +29,7 @@ class Entry:
         span: latent frames that it stands for.
         tokens: of the page, only so many are valid; None: all.
         pose: where the player was at the end of the frame, in worlds that have poses.
+        level: step index at which it was written, or -1: clean.
         summary: mean key of each layer and head ``[layers, heads, head_dim]``, for a ``topk`` bank.
     """
 
@@ -37,6 +38,7 @@ class Entry:
     span: int = 1
     tokens: int | None = None
     pose: Pose | None = field(default=None, compare=False)
+    level: int = -1
     summary: "Tensor | None" = field(default=None, compare=False)
 
 

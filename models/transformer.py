@@ -336,6 +336,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep: Tensor,
         conditioning: Conditioning,
         contexts: Attends | Sequence[Attends],
+        stage: bool = False,
     ) -> Tensor:
         """Flow of each row's frames; the context is only read.
 
@@ -344,13 +345,15 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             timestep: level of each frame as a timestep in 0…1000, float ``[R, F]``.
             conditioning: text K/V and actions.
             contexts: one context for each row, or one that answers for all rows.
+            stage: have the context note the keys and values of these noisy frames as well, the
+                by-product that some schedules read in place of a context pass.
 
         Returns:
             flow ``[R, C, F, H, W]``.
         """
         x, e, m, context = self._embed(latents, timestep, conditioning, contexts)
         for index, layer in enumerate(self.layers):
-            x = layer(x, m, index, conditioning.text(index), context, stage=False)
+            x = layer(x, m, index, conditioning.text(index), context, stage)
         shift, scale = (self.scale_shift_table + e[:, :, None]).unbind(2)
         x = self.proj_out(modulated_norm(x, shift, scale, self.config.eps))
         return self._unpatchify(x, latents)

@@ -13,8 +13,8 @@ from worldsim.cache.context import Context
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning, time_sinusoid
 from worldsim.models.view import ContextView
-from worldsim.rollout import commit, denoise
-from worldsim.schedule import Schedule, levels, shift_table
+from worldsim.rollout import Making, commit, denoise, publish
+from worldsim.schedule import CLEAN, Schedule, levels, shift_table
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = (1000, 750, 500, 250)
@@ -52,12 +52,14 @@ def rollout(
     with torch.inference_mode():
         for block in range(blocks):
             view.prepare(3 * block, 3)
-            x0 = denoise(
-                model, schedule.cells(block), conditioning, [view], noise, (1, 16, 3, 8, 12),
-                torch.device("cpu"),
-            )  # fmt: skip
-            commit(model.commit, schedule.commit_cell(block), x0, conditioning, [view], 3 * block)
-            done.append(x0)
+            cells, last = list(schedule.cells(block)), schedule.commit_cell(block)
+            shape, place = (1, 16, 3, 8, 12), torch.device("cpu")
+            making = Making(cells, conditioning, noise, shape, place, start=3 * block)
+            for cell in cells:
+                denoise(model, cell, making, {CLEAN: [view]})
+            commit(model.commit, last, making.x, conditioning, {CLEAN: [view]}, 3 * block)
+            publish([last], {CLEAN: [view]})
+            done.append(making.x)
     return torch.cat(done, dim=2)
 
 

@@ -15,8 +15,8 @@ from worldsim.models.context import ClipContext, block_causal
 from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning, time_sinusoid
 from worldsim.models.view import ContextView
 from worldsim.models.weights import cast, load_model
-from worldsim.rollout import commit, timesteps
-from worldsim.schedule import Schedule
+from worldsim.rollout import commit, publish, timesteps
+from worldsim.schedule import CLEAN, Schedule
 from worldsim.world import World
 
 HEADS, HEAD_DIM, LAYERS, CHANNELS = 2, 16, 3, 4  # head_dim 16: 4/2/2 pairs, an unequal split
@@ -94,7 +94,9 @@ class Clip:
     def commit(self, view: ContextView, block: int) -> None:
         cell = Schedule.uniform(4, 3.0).commit_cell(block)
         clean = self.clean[:, :, self.frames(block)]
-        commit(self.model.commit, cell, clean, self.conditioning(block), [view], self.starts[block])
+        lanes, start = {CLEAN: [view]}, self.starts[block]
+        commit(self.model.commit, cell, clean, self.conditioning(block), lanes, start)
+        publish([cell], lanes)
 
     def commit_after_prepare(self, view: ContextView, block: int) -> None:
         view.prepare(self.starts[block], self.sizes[block])

@@ -37,6 +37,8 @@ class WorldConfig:
         negative_prompt: what guidance leads away from.
         independent_first_frame: the first latent frame is a block of its own.
         text_length: rows of an encoded prompt, where the text encoder does not say.
+        rule: what the model was trained to read of earlier blocks, see `Schedule.rule`; a session
+            under another one warns.
     """
 
     name: str
@@ -57,6 +59,7 @@ class WorldConfig:
     negative_prompt: str = ""
     independent_first_frame: bool = False
     text_length: int = 512
+    rule: str = "clean"
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "block_frames"):

@@ -1,9 +1,10 @@
-"""The serial executor: denoise a block over read-only context, then commit it once.
+"""The cells: denoise a block over read-only context, stage what it leaves behind, publish it once.
 
-Everything here is a function of its arguments; nothing is remembered between calls.
+Every executor runs a cell through these functions, so they differ only in what runs when and where.
+The serial one is `worldsim.session`: all of a block's cells, and then the next block.
 """
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from worldsim.cache.policy import Pose
 from worldsim.models.transformer import Conditioning
 from worldsim.models.view import ContextView
 from worldsim.samplers import SAMPLERS
-from worldsim.schedule import CLEAN, Cell
+from worldsim.schedule import Cell
 
 Pass = Callable[..., Any]  # the model's forward or commit, compiled or not
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]  # (block, step, shape) -> noise
@@ -34,9 +35,10 @@ def compiled(eager: Pass, **options: Any) -> Pass:
         timestep: Tensor,
         conditioning: Conditioning,
         views: Sequence[ContextView],
+        *stage: bool,
     ) -> Any:
         quantised = any(view.context.config.quantised for view in views)
-        return (eager if quantised else graph)(latents, timestep, conditioning, views)
+        return (eager if quantised else graph)(latents, timestep, conditioning, views, *stage)
 
     return run
 
@@ -56,67 +58,95 @@ class Known:
     timestep: float = 0.0
 
 
-def denoise(
-    forward: Pass,
-    cells: Iterable[Cell],
-    conditioning: Conditioning,
-    views: Sequence[ContextView],
-    noise: Noise,
-    shape: tuple[int, ...],
-    device: torch.device,
-    sampler: str = "renoise",
-    on_step: OnStep | None = None,
-    guidance: float = 1.0,
-    known: Known | None = None,
-) -> Tensor:
-    """Run a block's denoise cells; returns its clean latents, float32 ``[1, C, F, H, W]``.
+Lanes = Mapping[int, Sequence[ContextView]]  # of each lane, the views of its rows
 
-    Args:
-        views: what the block reads; a second one is that of the negative prompt, whose flow is left
-            behind ``guidance`` times (classifier-free guidance). One row of ``conditioning`` each.
+
+class Making:
+    """A block in the making: what its cells share, and how far it is.
+
+    Attributes:
+        conditioning: one row for each view that a cell reads.
+        start: absolute index of its first latent frame.
+        poses: at the end of each frame, in worlds that have poses.
+        x: input of the next cell, ``[1, C, F, H, W]``; in the end its clean latents, float32.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        conditioning: Conditioning,
+        noise: Noise,
+        shape: tuple[int, ...],
+        device: torch.device,
+        sampler: str = "renoise",
+        on_step: OnStep | None = None,
+        guidance: float = 1.0,
+        known: Known | None = None,
+        *,
+        start: int = 0,
+        poses: Sequence[Pose] = (),
+        x: Tensor | None = None,
+    ) -> None:
+        """Args:
+        cells: its denoise cells, or those of them that come from here on.
+        noise: what it is made of and what is added between cells.
         sampler: see `worldsim.samplers`.
         on_step: sees each cell and its prediction.
+        guidance: where there is a second view, that of the negative prompt, its flow is left
+            behind so many times (classifier-free guidance).
         known: frames that are given.
-    """
-    if known is not None:
-        if known.frames.shape != shape[2:3] or tuple(known.latents.shape) != shape:
-            raise ValueError(
-                f"known needs frames [{shape[2]}] and latents {list(shape)}, got "
-                f"{list(known.frames.shape)} and {list(known.latents.shape)}"
-            )
-        known = Known(known.frames.to(device), known.latents.to(device), known.timestep)
-    listed = list(cells)
-    first = listed[0]
-    x = _ours(noise(first.block, 0, shape).to(device))
-    steps = SAMPLERS[sampler](listed, lambda step: noise(first.block, step, shape).to(device))
-    for cell in listed:
-        assert cell.kind == "denoise" and cell.reads == CLEAN, "this executor reads clean context"
-        level = timesteps(cell, x)
+        x: the first cell's input; None begins with noise.
+        """
         if known is not None:
-            x = torch.where(known.frames[:, None, None], known.latents.to(x), x)
-            level = torch.where(known.frames, known.timestep, level)
-        flow = _guided(forward, x, level, conditioning, views, guidance)
-        x0 = clean_from_flow(x, flow, cell.sigma)
-        if on_step is not None:
-            on_step(cell, x0)
-        x = steps.after(cell, x, flow, x0)
-    return x if known is None else torch.where(known.frames[:, None, None], known.latents.to(x), x)
+            if known.frames.shape != shape[2:3] or tuple(known.latents.shape) != shape:
+                raise ValueError(
+                    f"known needs frames [{shape[2]}] and latents {list(shape)}, got "
+                    f"{list(known.frames.shape)} and {list(known.latents.shape)}"
+                )
+            known = Known(known.frames.to(device), known.latents.to(device), known.timestep)
+        block = cells[0].block
+        self.conditioning, self.start, self.poses = conditioning, start, poses
+        self.x = _ours((noise(block, 0, shape) if x is None else x).to(device))
+        self._sampler = SAMPLERS[sampler](cells, lambda step: noise(block, step, shape).to(device))
+        self._on_step, self._guidance, self._known = on_step, guidance, known
+
+    def rows(self, cell: Cell, count: int) -> tuple[Tensor, Tensor]:
+        """What the model is told: latents ``[count, C, F, H, W]`` and levels ``[count, F]``."""
+        level = timesteps(cell, self.x)
+        if self._known is not None:
+            self.x = self._with_known(self.x)
+            level = torch.where(self._known.frames, self._known.timestep, level)
+        if count == 1:
+            return self.x, level
+        return self.x.expand(count, *self.x.shape[1:]), level.expand(count, -1)
+
+    def take(self, cell: Cell, flow: Tensor) -> None:
+        """Go on to the next cell, by what the model said of `rows`."""
+        if len(flow) > 1:
+            wanted, unwanted = flow.chunk(2)
+            flow = unwanted + self._guidance * (wanted - unwanted)
+        x0 = clean_from_flow(self.x, flow, cell.sigma)
+        if self._on_step is not None:
+            self._on_step(cell, x0)
+        self.x = self._sampler.after(cell, self.x, flow, x0)
+        if cell.next_sigma == 0.0 and self._known is not None:
+            self.x = self._with_known(self.x)
+
+    def _with_known(self, x: Tensor) -> Tensor:
+        assert self._known is not None
+        return torch.where(self._known.frames[:, None, None], self._known.latents.to(x), x)
 
 
-def _guided(
-    forward: Pass,
-    x: Tensor,
-    level: Tensor,
-    conditioning: Conditioning,
-    views: Sequence[ContextView],
-    guidance: float,
-) -> Tensor:
-    rows = len(views)
-    if rows == 1:
-        return forward(x, level, conditioning, views)
-    both = x.expand(rows, *x.shape[1:]), level.expand(rows, -1)
-    wanted, unwanted = forward(*both, conditioning, views).chunk(2)
-    return unwanted + guidance * (wanted - unwanted)
+def denoise(forward: Pass, cell: Cell, making: Making, lanes: Lanes) -> None:
+    """Run one denoise cell of a block. What it leaves behind is staged, and nothing committed."""
+    views = lanes[cell.reads]
+    latents, level = making.rows(cell, len(views))
+    if cell.publishes is None:
+        flow = forward(latents, level, making.conditioning, views)
+    else:
+        flow = forward(latents, level, making.conditioning, views, True)
+        stage(cell, making.start, making.poses, views, lanes[cell.publishes], latents.shape[2])
+    making.take(cell, flow)
 
 
 def commit(
@@ -124,23 +154,43 @@ def commit(
     cell: Cell,
     latents: Tensor,
     conditioning: Conditioning,
-    views: Sequence[ContextView],
+    lanes: Lanes,
     start: int,
     poses: Sequence[Pose] = (),
-    only: Container[int] | None = None,
 ) -> None:
-    """The context pass: stage the K/V of a finished block ``[1, C, F, H, W]`` and publish it.
+    """A context pass: stage the K/V of a block ``[1, C, F, H, W]`` at the cell's level.
 
-    ``poses``: at the end of each frame, in worlds that have poses. ``only``: publish these frames.
+    ``poses``: at the end of each frame, in worlds that have poses.
     """
+    views = lanes[cell.reads]
     rows = _ours(latents).expand(len(views), *latents.shape[1:])
     commit_pass(rows, timesteps(cell, rows), conditioning, views)
-    count = latents.shape[2]
+    assert cell.publishes is not None, "a context pass is for later blocks"
+    stage(cell, start, poses, views, lanes[cell.publishes], latents.shape[2])
+
+
+def stage(
+    cell: Cell,
+    start: int,
+    poses: Sequence[Pose],
+    views: Sequence[ContextView],
+    into: Sequence[ContextView],
+    count: int,
+) -> None:
+    """Stage what the cell's pass left in the views it read, in the contexts of a lane."""
     frames = range(start, start + count)
-    for view in views:
-        view.context.stage(cell.block, cell.level, frames, *view.staged(count), poses=poses)
-    for view in views:  # only now: all of them or none
-        view.context.commit(cell.block, cell.level, only)
+    for view, to in zip(views, into, strict=True):
+        to.context.stage(cell.block, cell.level, frames, *view.staged(count), poses=poses)
+
+
+def publish(cells: Iterable[Cell], lanes: Lanes, only: Container[int] | None = None) -> None:
+    """Commit what these cells of one block have staged; ``only``: of its frames, these.
+
+    All of it is staged by now, so that each lane has the block or none.
+    """
+    for cell in cells:
+        for view in lanes[cell.publishes] if cell.publishes is not None else ():
+            view.context.commit(cell.block, cell.level, only)
 
 
 def _ours(latents: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ others, is `worldsim.wavefront`'s business and changes nothing that they compute
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -191,6 +191,11 @@ class Schedule:
     def commit_cell(self, block: int) -> Cell:
         """The context pass of a block's clean latents, at ``context_timestep``."""
         return Cell("commit", block, CLEAN, self.context_timestep, 0.0, publishes=CLEAN)
+
+    def given_cells(self, block: int) -> tuple[Cell, ...]:
+        """The context passes of a block that is given, not made: it is clean in every lane."""
+        clean = self.commit_cell(block)
+        return tuple(replace(clean, reads=lane, publishes=lane) for lane in self.lanes)
 
     def _lane(self, level: int, count: int) -> int:
         """The lane that a denoise cell reads."""

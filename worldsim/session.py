@@ -5,7 +5,7 @@ decoder remembers. Noise is a function of (seed, block, step), so this is everyt
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +28,8 @@ from worldsim.models.transformer import Conditioning
 from worldsim.models.view import ContextView
 from worldsim.noise import noise
 from worldsim.parts import part
-from worldsim.rollout import Known, Noise, OnStep, commit, denoise
-from worldsim.schedule import CLEAN
+from worldsim.rollout import Known, Making, Noise, OnStep, commit, denoise, publish
+from worldsim.schedule import Cell, Schedule
 from worldsim.script import Script
 from worldsim.state import (
     Applied,
@@ -63,7 +63,10 @@ class Session:
         noise: Noise | None = None,
         history: int = 0,
         awake: bool = True,
+        lanes: Container[int] | None = None,
     ) -> None:
+        """``lanes``: only these, and the cells that read them; other sessions have the others, and
+        make the same blocks under the same controls."""
         self.world = world
         self.settings = settings
         self.now = Moment(asked, origin=object(), pose=(0.0,) * world.actions.pose_dim)
@@ -80,6 +83,7 @@ class Session:
                 Context(pool, settings.cache, world.actions.camera) for _ in range(settings.rows)
             ]
             for lane in settings.schedule.lanes
+            if lanes is None or lane in lanes
         }
         self._lanes: Lanes = {}
         self._needs: Counter[PageKind] = Counter()
@@ -162,8 +166,8 @@ class Session:
 
     @property
     def views(self) -> list[ContextView]:
-        """The lane of clean blocks: a view for each row."""
-        return self.lanes[CLEAN]
+        """Its first lane: a view for each row."""
+        return next(iter(self.lanes.values()))
 
     @property
     def prompt(self) -> str:
@@ -279,36 +283,61 @@ class Session:
         keys: Sequence[Control] | None = None,
         on_step: OnStep | None = None,
         known: Known | None = None,
+        x: Tensor | None = None,
     ) -> Block:
         """Make the next block's latents. The block before is committed first, the new one later:
         nobody waits for a context pass who wants to see a picture.
+
+        ``x``: where this session has some of the lanes only, what its first cell goes on from; the
+        block that it returns is what its last cell leads to.
         """
         timings = {"commit": 0.0}
         with part("commit", self.block - 1, timings) if self.block else nullcontext():
             self.settle()
             self._remember()
             self._heed_prompt()
-        frames = self.block_frames
-        applied = self._applied(self._live() if keys is None else keys)
         with part("denoise", self.block, timings):
-            conditioning, poses = self._conditioning(applied, self.pose)
-            self._prepare(self.frame, frames, poses)
-            latents = denoise(
-                self.world.forward,
-                self.settings.schedule.cells(self.block),
-                conditioning,
-                self.views,
-                self._fresh,
-                self.latent_shape,
-                self.world.device,
-                self.settings.sampler,
-                on_step,
-                self.settings.guidance,
-                known,
-            )
-        block = Block(self.block, self.frame, latents, applied, timings=timings)
-        self._accept(Made(block, conditioning, poses, self.pose), known=known)
+            making, applied = self.begin(keys, on_step, known, x)
+            noisy: dict[int, Tensor] = {}
+            for cell in self.cells():
+                denoise(self.world.forward, cell, making, self.lanes)
+                noisy[cell.level + 1] = making.x
+        block = Block(self.block, self.frame, making.x, applied, timings=timings)
+        self.accept(block, making, noisy, known)
         return block
+
+    def cells(self) -> list[Cell]:
+        """The next block's denoise cells, of these lanes."""
+        cells = self.settings.schedule.cells(self.block)
+        return [cell for cell in cells if cell.reads in self._contexts]
+
+    def begin(
+        self,
+        keys: Sequence[Control] | None = None,
+        on_step: OnStep | None = None,
+        known: Known | None = None,
+        x: Tensor | None = None,
+    ) -> tuple[Making, Applied]:
+        """Begin the next block: all that its cells share, and what it is made under. What came
+        before is committed."""
+        applied = self._applied(self._live() if keys is None else keys)
+        conditioning, poses = self._conditioning(applied, self.pose)
+        self._prepare(self.frame, self.block_frames, poses)
+        making = Making(
+            self.cells(), conditioning, self._fresh, self.latent_shape, self.world.device,
+            self.settings.sampler, on_step, self.settings.guidance, known,
+            start=self.frame, poses=poses, x=x,
+        )  # fmt: skip
+        return making, applied
+
+    def accept(
+        self, block: Block, making: Making, noisy: Mapping[int, Tensor], known: Known | None = None
+    ) -> None:
+        """Take a block that its cells have made. ``noisy``: what they led to, by its level."""
+        wanted = {cell.level for cell in self.settings.schedule.commit_cells(block.index)}
+        kept = tuple((level, x) for level, x in noisy.items() if level in wanted)
+        made = Made(block, making.conditioning, tuple(making.poses), self.pose, kept)
+        self._accept(made, known=known)
 
     @torch.inference_mode()
     def give(self, latents: Tensor, keys: Sequence[Control] | None = None) -> Block:
@@ -328,7 +357,7 @@ class Session:
         block = Block(self.block, self.frame, own, applied)
         block.timings.update(commit=0.0, denoise=0.0)  # it was neither waited for nor made
         begins = self.block == len(self.now.given)
-        self._accept(Made(block, conditioning, poses, self.pose), given=own)
+        self._accept(Made(block, conditioning, poses, self.pose, given=True), given=own)
         if begins:
             self.now = replace(self.now, given=(*self.now.given, replace(block)))
         return block
@@ -364,12 +393,12 @@ class Session:
         if self._pending is None:
             return
         made = self._pending
-        self._commit(made, made.conditioning)
+        self._commit(made)
         # Without pictures and text: both would be many times what the latents are.
         bare = Block(made.block.index, made.block.start, made.block.latents, made.block.applied)
         told = replace(made.conditioning, text_keys=(), text_values=())
         kept = latents_kept(self.settings.cache, self.world.config.block_frames)
-        all_made = (*self.now.made, replace(made, block=bare, conditioning=told))
+        all_made = (*self.now.made, replace(made, block=bare, conditioning=told, noisy=()))
         recent = all_made if kept is None else all_made[max(0, len(all_made) - kept) :]
         self.now = replace(self.now, made=recent)
         self._pending = None
@@ -389,7 +418,12 @@ class Session:
 
     def recache(self) -> None:
         """Commit the recent frames anew under the present prompt, block by block, each over what
-        was committed before it (LongLive). The sink and mid stay as they are."""
+        was committed before it (LongLive). The sink and mid stay as they are.
+
+        Raises:
+            ValueError: under a schedule that reads what steps leave behind.
+        """
+        check_recache(self.settings.schedule)
         self._change(Event.RECACHE)
 
     def _change(self, change: Change) -> None:
@@ -419,7 +453,7 @@ class Session:
             again = replace(
                 made.conditioning, text_keys=self.asked.keys, text_values=self.asked.values
             )
-            self._commit(made, again, frames)
+            self._commit(replace(made, conditioning=again), frames)
         if to_come:
             self._event(Event.CUT)
 
@@ -441,16 +475,25 @@ class Session:
 
     def _prepare(self, start: int, frames: int, poses: tuple[Pose, ...]) -> None:
         """Bring what the next passes read up to date."""
-        for view in self.views:
-            view.prepare(start, frames, poses[-1] if poses else None)
+        for views in self.lanes.values():
+            for view in views:
+                view.prepare(start, frames, poses[-1] if poses else None)
 
-    def _commit(self, made: Made, conditioning: Conditioning, only: set[int] | None = None) -> None:
-        block = made.block
-        cell = self.settings.schedule.commit_cell(block.index)
-        commit(
-            self.world.commit, cell, block.latents, conditioning, self.views, block.start,
-            made.poses, only,
-        )  # fmt: skip
+    def _commit(self, made: Made, only: set[int] | None = None) -> None:
+        """Run a block's context passes and publish it in every lane; ``only``: these frames."""
+        block, schedule = made.block, self.settings.schedule
+        passes, cells = schedule.commit_cells(block.index), schedule.cells(block.index)
+        if made.given:
+            passes, cells = schedule.given_cells(block.index), iter(())
+        here = [cell for cell in passes if cell.reads in self._contexts]
+        for cell in here:
+            latents = dict(made.noisy).get(cell.level, block.latents)
+            commit(
+                self.world.commit, cell, latents, made.conditioning, self.lanes, block.start,
+                made.poses,
+            )  # fmt: skip
+        staged = [cell for cell in cells if cell.publishes in self._contexts]
+        publish((*staged, *here), self.lanes, only)
 
     # --- going on from elsewhere --------------------------------------------------------------
     def snapshot(self) -> Snapshot:
@@ -674,6 +717,17 @@ def _heeded(held: Held, frame: int) -> Held:
     """What remains to be heeded at latent frame ``frame``, after a block made under ``held``: a
     first picture alone, which nothing moves, has heeded nothing."""
     return held.spent() if frame > 1 else held
+
+
+def check_recache(schedule: Schedule) -> None:
+    """Raises:
+    ValueError: where blocks cannot be committed anew.
+    """
+    if schedule.rule != "clean":
+        raise ValueError(
+            "cache: recache commits finished blocks anew, but this schedule reads blocks in the "
+            "making: flush instead"
+        )
 
 
 @torch.inference_mode()

@@ -95,13 +95,20 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A finished block, what it was made under, and the pose at the end of each frame; ``start``:
-    the pose before the first one."""
+    """A finished block and what it was made under.
+
+    Attributes:
+        poses: at the end of each frame; ``start``: before the first one.
+        noisy: what it was at each of those levels at which it is committed as well.
+        given: it was not made.
+    """
 
     block: Block
     conditioning: Conditioning
     poses: tuple[Pose, ...]
     start: Pose = ORIGIN
+    noisy: tuple[tuple[int, Tensor], ...] = ()
+    given: bool = False
 
 
 @dataclass(frozen=True, eq=False)

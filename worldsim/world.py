@@ -4,6 +4,7 @@ Weights, the page pool and encoded prompts are shared by all sessions. Loading i
 `worldsim.loaded`.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -45,7 +46,7 @@ from worldsim.rollout import Noise, OnStep
 from worldsim.saving import load
 from worldsim.schedule import Cell
 from worldsim.script import Script, parse_prompts
-from worldsim.session import Session, decode
+from worldsim.session import Session, check_recache, decode
 from worldsim.state import Asked, Block
 
 PROMPTS_KEPT = 32
@@ -369,6 +370,18 @@ class World(Loaded):
         listed, sampler = own.sampling(steps, schedule)
         kept = self.config.cache_config(cache)
         check_form(kept, self.actions.camera)
+        if listed.context == "joint":
+            raise ValueError(
+                "schedule: nothing runs joint windows yet; 'worldsim schedule show' draws them"
+            )
+        if kept.prompt == "recache":
+            check_recache(listed)
+        if listed.rule != own.rule:
+            warnings.warn(
+                f"{own.name} was trained to read what is {own.rule} of earlier blocks, and under "
+                f"this schedule reads what is {listed.rule}",
+                stacklevel=3,
+            )
         return Settings(
             seed=seed,
             schedule=listed,
@@ -406,7 +419,8 @@ class World(Loaded):
         decoder = self.autoencoder
         carry = 0 if decoder is None else decoder.carry_nbytes(*shape[-2:])
         weights = sum(map(nbytes, tensors))
-        return report(context, shape, weights, carry, scratch, settings.rows, history)
+        contexts = settings.rows * len(settings.schedule.lanes)
+        return report(context, shape, weights, carry, scratch, contexts, history)
 
     def stream(
         self,

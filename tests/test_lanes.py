@@ -1,0 +1,180 @@
+"""The serial form of every schedule: what its cells read, what is equal, and what must not be."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from worldsim.models.view import ContextView
+from worldsim.session import Session
+from worldsim.wavefront import Key, kept, spread
+from worldsim.world import World
+
+NAMES = ("serial", "fused", "reuse", "diagonal", "disa", "tpp", "hiar", "lag1", "lag2", "lag3")
+CACHE = "sink=1,recent=2,positions=packed"  # full after three blocks, so that frames are evicted
+KEYS = [frozenset({key}) for key in ("KeyW", "KeyL", "KeyA", "KeyW", "KeyJ", "KeyS", "KeyD")]
+
+
+@pytest.fixture(scope="module")
+def world(make_world) -> World:  # type: ignore[no-untyped-def]
+    return make_world(height=64, width=64, sampler="renoise")
+
+
+def opened(world: World, schedule: str, steps: int | None = 4, **others: object) -> Session:
+    if schedule == "diagonal":
+        steps = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rules that it was not trained for
+        return world.session(seed=3, steps=steps, cache=CACHE, schedule=schedule, **others)  # type: ignore[arg-type]
+
+
+def rollout(session: Session, blocks: int) -> list[Tensor]:
+    return [session.denoise([KEYS[i]]).latents for i in range(session.block, blocks)]
+
+
+@contextmanager
+def recording(seen: list[tuple[ContextView, list[Key]]]) -> Iterator[None]:
+    """Note what each pass attends to: the level and block of every page in its buffer."""
+    attend = ContextView.attend
+
+    def noting(self: ContextView, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer == 0:
+            rows = self.keys[0].shape[1] - k.shape[-2]  # of the context, as attention sees it
+            frames = [entry for entry in self.context.table if entry.frame < self.plan_start]
+            assert rows == len(frames) * self.context.pool.shape.tokens
+            seen.append((self, sorted((entry.frame, entry.level) for entry in frames)))
+        return attend(self, layer, q, k, v)
+
+    prepare = ContextView.prepare
+
+    def noting_start(self: ContextView, start: int, *rest: object) -> None:
+        self.plan_start = start  # type: ignore[attr-defined]
+        prepare(self, start, *rest)  # type: ignore[arg-type]
+
+    ContextView.attend, ContextView.prepare = noting, noting_start  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ContextView.attend, ContextView.prepare = attend, prepare  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cell_reads_exactly_what_it_declares(world: World, name: str) -> None:
+    session, seen = opened(world, name), []
+    with recording(seen):
+        rollout(session, 6)
+        session.settle()
+    schedule = session.settings.schedule
+    grid = spread(schedule, 6, 1, kept(session.settings.cache, 1, 6))
+    declared = []
+    for block in range(6):
+        mine = [cell for cell in grid.cells if cell.name.block == block]
+        mine.sort(key=lambda cell: cell.name.kind != "denoise")  # passes come after the steps
+        declared += [sorted(cell.reads) for cell in mine]
+    # A context pass ends before its last layer attends, but this model has two.
+    assert [reads for _, reads in seen] == declared
+
+
+def test_block_0_is_equal_under_every_schedule_and_block_1_is_not(world: World) -> None:
+    made = {name: rollout(opened(world, name), 3) for name in NAMES if name != "diagonal"}
+    for name, blocks in made.items():
+        assert torch.equal(blocks[0], made["serial"][0]), name
+    firsts = {name: blocks[1] for name, blocks in made.items() if name not in ("fused", "disa")}
+    # What reads the last step's keys, whatever it is called, is one rule.
+    assert torch.equal(firsts.pop("lag3"), firsts["reuse"])
+    names = list(firsts)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            assert not torch.equal(firsts[one], firsts[other]), (one, other)
+
+
+def test_with_one_step_by_products_are_one_rule(world: World) -> None:
+    tpp, reuse, lag = (rollout(opened(world, n, 1), 5) for n in ("tpp", "reuse", "lag2"))
+    assert all(map(torch.equal, tpp, reuse)) and all(map(torch.equal, tpp, lag))
+    serial, hiar = (rollout(opened(world, n, 1), 5) for n in ("serial", "hiar"))
+    assert all(map(torch.equal, serial, hiar))  # a step's output is clean
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_snapshot_rewind_and_fork_hold_under_every_schedule(world: World, name: str) -> None:
+    session = opened(world, name)
+    for block in range(3):
+        session.step([KEYS[block]])
+    here, twin = session.snapshot(), session.fork()
+    straight = [session.step([KEYS[block]]).latents for block in range(3, 6)]
+    assert all(map(torch.equal, rollout(twin, 6), straight))
+    session.restore(here)
+    assert all(map(torch.equal, rollout(session, 6), straight))
+    session.decoding = here.decoding  # rollout does not decode
+    session.rewind(4)
+    assert torch.equal(session.denoise([KEYS[4]]).latents, straight[1])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("lag1", "lag2")])
+def test_sessions_of_some_lanes_make_the_block_together(world: World, name: str) -> None:
+    whole = opened(world, name)
+    lanes = whole.settings.schedule.lanes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = [Session(world, whole.settings, whole.asked, lanes=(lane,)) for lane in lanes]
+    for block, expected in enumerate(rollout(whole, 6)):
+        x = None
+        for part in parts:
+            x = part.denoise([KEYS[block]], x=x).latents
+        assert x is not None and torch.equal(x, expected), block
+    used = {lane: {entry.level for entry in part.lanes[lane][0].context.table}
+            for lane, part in zip(lanes, parts, strict=True)}  # fmt: skip
+    assert all(len(levels) <= (3 if name == "diagonal" else 1) for levels in used.values())
+
+
+@pytest.mark.parametrize("name", ("tpp", "hiar", "reuse"))
+def test_what_is_given_is_clean_in_every_lane(world: World, name: str) -> None:
+    first = rollout(opened(world, "serial"), 2)
+    session = opened(world, name, given=torch.cat(first, dim=2))
+    session.settle()
+    for views in session.lanes.values():
+        assert {entry.level for entry in views[0].context.table} == {-1}
+        assert len(views[0].context.table) == 2
+    clean = opened(world, "serial", given=torch.cat(first, dim=2))
+    assert torch.equal(session.denoise([KEYS[2]]).latents, clean.denoise([KEYS[2]]).latents)
+
+
+def test_an_aborted_block_leaves_nothing(world: World) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Enough
+
+    for name in ("tpp", "hiar", "reuse"):
+        plain, retried = opened(world, name), opened(world, name)
+        expected = rollout(plain, 5)
+        rollout(retried, 3)
+        for _ in range(2):
+            with pytest.raises(Enough):
+                retried.denoise([KEYS[5]], on_step=stop)
+        assert all(map(torch.equal, rollout(retried, 5), expected[3:]))
+
+
+def test_what_cannot_be_is_refused_and_what_is_untrained_warns(world: World) -> None:
+    with pytest.warns(UserWarning, match="trained to read what is clean .* reads what is lag0"):
+        world.session(schedule="tpp")
+    with pytest.raises(ValueError, match="nothing runs joint windows yet"):
+        world.session(schedule="rolling")
+    with pytest.raises(ValueError, match="recache commits finished blocks anew"):
+        world.session(schedule="tpp", cache="recent=3,prompt=recache")
+    with pytest.raises(ValueError, match="recache commits finished blocks anew"):
+        opened(world, "hiar").recache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        world.session(schedule="fused").close()
+        world.session(schedule="disa").close()
+
+
+def test_memory_is_told_for_every_lane(world: World) -> None:
+    one, four = opened(world, "serial").memory_report(), opened(world, "tpp").memory_report()
+    assert four.context == 4 * one.context and four.scratch == 4 * one.scratch
+    assert four.latents == one.latents
