@@ -6,7 +6,7 @@ Weights, the page pool and encoded prompts are shared by all sessions. Loading i
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from rich.progress import track as progress_track
 from torch import Tensor
 
 from worldsim.actions import ActionSpec
+from worldsim.aio import asynchronous
 from worldsim.cache.context import Context
 from worldsim.cache.mid import check_form
 from worldsim.cache.pool import PagePool, PageShape
@@ -466,6 +467,11 @@ class World(Loaded):
             guidance=guidance, negative_prompt=negative_prompt, given=given,
         )  # fmt: skip
         return self._blocks(opened, script, blocks, decoding, on_step, record)
+
+    def astream(self, *args: Any, **options: Any) -> AsyncIterator[Block]:
+        """`stream` for asyncio, with the same arguments: blocks are made on a thread of their own,
+        and the event loop never waits for one."""
+        return asynchronous(self.stream(*args, **options))
 
     def script(
         self, prompt: str | None = None, controls: str | Sequence[Control] | None = None
