@@ -182,7 +182,7 @@ BAD_OPTIONS = {
     ("--steps", "0"): "steps must be in 1…1000",
     ("--cache", "size=3"): "cannot read 'size=3'",
     ("--cache", ""): "cannot read ''",
-    ("--schedule", "heun"): "must begin with one of renoise, euler",
+    ("--schedule", "heun"): "is none of renoise, euler",
     ("--schedule", "euler:250,500"): "steps must be descending",
     ("--profile", "missing/trace.json"): "there is no folder missing",
     ("--profile", "walk.mp4"): "--profile is a .json file, got 'walk.mp4'",
