@@ -251,7 +251,7 @@ BAD_SETTINGS = {
     "steps=0": "steps must be in 1…1000",
     "steps=two": "steps must be a whole number",
     "cache=size=3": "cannot read 'size=3'",
-    "schedule=heun": "must begin with one of",
+    "schedule=heun": "is none of renoise, euler",
     "dtype=float8": "unknown dtype 'float8'",
     "world=nowhere": "no world 'nowhere'",
 }
