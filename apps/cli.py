@@ -40,7 +40,7 @@ Prompt = Annotated[
     str | None, typer.Option(help="Plain words; over time: 'red brick[4s] | night[4s]'.")
 ]
 Controls = Annotated[
-    str | None, typer.Option(help="Script of held keys per latent frame, e.g. 'W*12 WJ*4'.")
+    str | None, typer.Option(help="Script of latent frames: 'W*12 WJ*4'; see `worldsim controls`.")
 ]
 Seconds = Annotated[
     float | None, typer.Option(help="Length; default: the script, else 20 seconds.")
@@ -140,6 +140,15 @@ def replay(
         from worldsim.apps.replay import ReplayOptions, run_again
 
     run_again(ReplayOptions(run, verify, out, branch, world, scale, device, threads))
+
+
+@app.command(epilog="Examples:  worldsim controls  ·  worldsim controls --world path/to/folder")
+def controls(world: WorldName = "maze") -> None:
+    """Tell what one can do in a world: its keys, their letters in scripts, an example."""
+    with _loading():
+        from worldsim.apps.controls import run
+
+    run(world)
 
 
 @app.command(epilog="Examples:  worldsim bench --json bench.json  ·  worldsim bench --model medium")

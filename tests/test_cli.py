@@ -306,6 +306,16 @@ def test_help_of_every_command_loads_nothing_heavy(tmp_path: Path) -> None:
     assert done.stdout.count("Example") >= len(COMMANDS)
 
 
+def test_controls_of_a_world_are_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], world_folder: Path
+) -> None:
+    assert run(monkeypatch, "controls", "--world", str(world_folder)) == 0
+    said = capfd.readouterr().out
+    assert "  W  forward     KeyW, ArrowUp\n" in said and "script, in latent frames" in said
+    assert run(monkeypatch, "controls", "--world", "tiny") == 0
+    assert "its prompt alone steers it" in capfd.readouterr().out
+
+
 # --- repeatability -------------------------------------------------------------------------------
 
 

@@ -173,6 +173,12 @@ class ActionSpec:
         return Camera(self.field_of_view, reach, max(self.periods, default=None))
 
     @property
+    def names(self) -> dict[str, str]:
+        """What a script calls each key."""
+        letters = {key: letter for letter, key in self.letters.items()}
+        return {key: letters.get(key, key) for key in self.keys}
+
+    @property
     def analog(self) -> tuple[str, ...]:
         """What this world takes beside keys: any of ``look``, ``scroll`` and ``move``."""
         used = set(self.axes).union(*(named(signal)[1] for signal in self.told))
@@ -215,10 +221,11 @@ class ActionSpec:
         state = self.heard(control)
         if state.prompt is not None:
             raise ValueError("a prompt is asked for by Session.control, or over time by a script")
+        held = state.buttons or frozenset(self.neutral)
         for keys in self.forbidden:
-            if state.buttons.issuperset(keys):
+            if held.issuperset(keys):
                 raise ValueError(f"{' and '.join(keys)} cannot be held at once in this world")
-        return replace(state, buttons=state.buttons or frozenset(self.neutral))
+        return replace(state, buttons=held)
 
     def track(self, controls: Sequence[Control]) -> tuple[ControlState, ...]:
         """What the latent frames of one block are made under; who said so and when is left out."""
@@ -234,8 +241,7 @@ class ActionSpec:
 
     def legend(self) -> str:
         """One line for people: ``W forward · S back · …``."""
-        by_key = {key: letter for letter, key in self.letters.items()}
-        names = {key: by_key.get(key, key) for key in self.keys} | {n: n for n in self.analog}
+        names = self.names | {name: name for name in self.analog}
         return " · ".join(
             f"{name} {self.labels.get(key, '')}".strip() for key, name in names.items()
         )

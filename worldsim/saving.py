@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -104,6 +105,7 @@ def _check(world: "World", told: dict[str, Any], path: str | Path) -> None:
         )
 
 
+@torch.inference_mode()  # pages that others grew in it may be written only in it
 def _opened(
     unpack: Unpack, told: dict[str, Any], open_session: Callable[[Settings, Asked], "Session"]
 ) -> "Session":

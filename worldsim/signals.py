@@ -207,7 +207,7 @@ def named(signal: Signal) -> tuple[set[str], set[str]]:
 def turns(angles: Floats) -> Floats:
     """Cosine and sine of each angle, one after the other: ``[..., n] → [..., 2 n]``."""
     pairs = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-    return pairs.reshape(*angles.shape[:-1], -1)
+    return pairs.reshape(*angles.shape[:-1], 2 * angles.shape[-1])
 
 
 def place(poses: Floats, periods: Sequence[float]) -> Floats:
