@@ -10,6 +10,7 @@ from torch import Tensor
 
 from worldsim.models.view import ContextView
 from worldsim.session import Session
+from worldsim.streaming.batched import Batched
 from worldsim.wavefront import Key, kept, spread
 from worldsim.world import World
 
@@ -178,3 +179,97 @@ def test_memory_is_told_for_every_lane(world: World) -> None:
     one, four = opened(world, "serial").memory_report(), opened(world, "tpp").memory_report()
     assert four.context == 4 * one.context and four.scratch == 4 * one.scratch
     assert four.latents == one.latents
+
+
+# --- several blocks at once -------------------------------------------------------------------
+def batched(world: World, schedule: str, steps: int = 4, **others: object) -> Batched:
+    whole = opened(world, schedule, steps, **others)
+    with whole:
+        return Batched(world, whole.settings, whole.asked)
+
+
+@pytest.mark.parametrize("name", ("batch", "lag1", "lag2", "lag3"))
+@pytest.mark.parametrize("steps", (1, 2, 3, 4))
+def test_a_batch_is_its_own_serial_form_bit_for_bit(world: World, name: str, steps: int) -> None:
+    expected = rollout(opened(world, name, steps), 6)
+    wave = batched(world, name, steps)
+    made = list(wave.blocks(lambda leader: [KEYS[leader.block]], 6))
+    assert [block.index for block in made] == list(range(6))
+    assert all(torch.equal(block.latents, x) for block, x in zip(made, expected, strict=True))
+    grid = spread(wave.settings.schedule, 6)
+    assert wave.tick == grid.ticks
+    serial = opened(world, name, steps)
+    for block in range(6):
+        serial.denoise([KEYS[block]])
+    serial.settle()
+    for lane, views in serial.lanes.items():  # and what is left behind is the same
+        wave.parts[lane].settle()
+        mine, theirs = wave.parts[lane].lanes[lane][0].context, views[0].context
+        assert [e.frame for e in mine.table] == [e.frame for e in theirs.table]
+        for one, other in zip(mine.table, theirs.table, strict=True):
+            assert torch.equal(mine.pool.keys(one.page), theirs.pool.keys(other.page))
+
+
+def test_blocks_come_out_at_the_tick_of_the_formula(world: World) -> None:
+    for name, apart in (("batch", 1), ("lag1", 2)):
+        wave, ticks = batched(world, name, 3), []
+        for _ in wave.blocks(lambda _: [KEYS[0]], 4):
+            ticks.append(wave.tick)
+        assert ticks == [3 + apart * block for block in range(4)]
+
+
+def test_a_batch_in_bfloat16_is_its_own_serial_form(make_world) -> None:  # type: ignore[no-untyped-def]
+    world = make_world(height=64, width=64).to("cpu", torch.bfloat16)
+    expected = rollout(opened(world, "batch"), 4)
+    made = batched(world, "batch").blocks(lambda leader: [KEYS[leader.block]], 4)
+    assert all(torch.equal(b.latents, x) for b, x in zip(made, expected, strict=True))
+
+
+def test_controls_hold_from_their_block_on_and_nothing_before_changes(world: World) -> None:
+    def play(wave: Batched, at: int | None) -> list[Tensor]:
+        def enters(leader: Session) -> list[frozenset[str]]:
+            if leader.block == at:
+                leader.control(prompt="blue tiles, night")
+                leader.cut()
+            return [KEYS[leader.block]]
+
+        return [block.latents for block in wave.blocks(enters, 6)]
+
+    plain, changed = (play(batched(world, "batch"), at) for at in (None, 3))
+    assert all(map(torch.equal, plain[:3], changed[:3]))
+    assert not any(map(torch.equal, plain[3:], changed[3:]))
+    serial = opened(world, "batch")
+    for block in range(6):
+        if block == 3:
+            serial.control(prompt="blue tiles, night")
+            serial.cut()
+        assert torch.equal(serial.denoise([KEYS[block]]).latents, changed[block]), block
+
+
+def test_a_batch_and_its_serial_form_go_on_from_each_others_snapshots(world: World) -> None:
+    expected = rollout(opened(world, "batch"), 6)
+    wave, serial = batched(world, "batch"), opened(world, "batch")
+    list(wave.blocks(lambda leader: [KEYS[leader.block]], 3))
+    here = wave.snapshot(serial.decoding)
+    serial.restore(here)
+    assert all(map(torch.equal, rollout(serial, 6), expected[3:]))
+    other = batched(world, "batch")
+    other.restore(here)
+    rest = other.blocks(lambda leader: [KEYS[leader.block]], 3)
+    assert all(torch.equal(b.latents, x) for b, x in zip(rest, expected[3:], strict=True))
+    wave.advance(lambda _: [KEYS[3]])
+    with pytest.raises(ValueError, match="blocks are in flight: drain them"):
+        wave.snapshot(serial.decoding)
+    assert torch.equal(next(wave.drain()).latents, expected[3])
+
+
+def test_guidance_is_batched_too(world: World) -> None:
+    guided = {"guidance": 2.5, "negative_prompt": "blue tiles"}
+    expected = rollout(opened(world, "batch", 2, **guided), 4)
+    made = batched(world, "batch", 2, **guided).blocks(lambda leader: [KEYS[leader.block]], 4)
+    assert all(torch.equal(b.latents, x) for b, x in zip(made, expected, strict=True))
+
+
+def test_what_waits_for_the_block_before_is_not_batched(world: World) -> None:
+    with pytest.raises(ValueError, match="can be batched: batch, lag1"):
+        batched(world, "serial")

@@ -293,9 +293,7 @@ class Session:
         """
         timings = {"commit": 0.0}
         with part("commit", self.block - 1, timings) if self.block else nullcontext():
-            self.settle()
-            self._remember()
-            self._heed_prompt()
+            self.ready()
         with part("denoise", self.block, timings):
             making, applied = self.begin(keys, on_step, known, x)
             noisy: dict[int, Tensor] = {}
@@ -305,6 +303,12 @@ class Session:
         block = Block(self.block, self.frame, making.x, applied, timings=timings)
         self.accept(block, making, noisy, known)
         return block
+
+    def ready(self) -> None:
+        """End what came before the next block: it is committed, and a new prompt heeded."""
+        self.settle()
+        self._remember()
+        self._heed_prompt()
 
     def cells(self) -> list[Cell]:
         """The next block's denoise cells, of these lanes."""
@@ -318,8 +322,8 @@ class Session:
         known: Known | None = None,
         x: Tensor | None = None,
     ) -> tuple[Making, Applied]:
-        """Begin the next block: all that its cells share, and what it is made under. What came
-        before is committed."""
+        """Begin the next block, after `ready`: all that its cells share, and what it is made
+        under."""
         applied = self._applied(self._live() if keys is None else keys)
         conditioning, poses = self._conditioning(applied, self.pose)
         self._prepare(self.frame, self.block_frames, poses)
@@ -578,12 +582,16 @@ class Session:
 
     def play(self, played: Played) -> Block:
         """Make a block the way that one was made; it is not decoded."""
-        for change in played.changes[len(self.now.changes) :]:  # some may be done already
-            self._change(change)
-        self.now = replace(self.now, held=played.held)
+        self.heed(played)
         if played.given is not None:
             return self.give(played.given, played.applied.controls)
         return self.denoise(played.applied.controls, known=played.known)
+
+    def heed(self, played: Played) -> None:
+        """Do and hear what was done and heard before that block."""
+        for change in played.changes[len(self.now.changes) :]:  # some may be done already
+            self._change(change)
+        self.now = replace(self.now, held=played.held)
 
     def save(self, path: str | Path) -> None:
         """Write all that it goes on from to a .safetensors file; `World.load_session` reads it.
