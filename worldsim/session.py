@@ -4,7 +4,6 @@ What a session goes on from is a `worldsim.state.Snapshot`: its moment, its page
 decoder remembers. Noise is a function of (seed, block, step), so this is everything.
 """
 
-from collections import Counter
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,16 +11,16 @@ from pathlib import Path
 from threading import Event as Flag
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from worldsim.cache.context import Context, Event
 from worldsim.cache.policy import Pose
-from worldsim.cache.pool import PageKind
+from worldsim.conditioning import conditioning
 from worldsim.config import Settings
 from worldsim.controls import Control, ControlState, Held, Keys, Receipt
 from worldsim.history import PAST, History
+from worldsim.lanes import Lanes, Views
 from worldsim.memory import MemoryReport, latents_kept, snapshots_kept
 from worldsim.models.autoencoder import Carry, Decoder, to_pictures
 from worldsim.models.transformer import Conditioning
@@ -46,8 +45,6 @@ from worldsim.state import (
 if TYPE_CHECKING:
     from worldsim.replay import Recorder
     from worldsim.world import World
-
-Lanes = dict[int, list[ContextView]]  # of each lane, the views of its rows
 
 
 class Session:
@@ -77,45 +74,14 @@ class Session:
         self._going = Flag()
         self._going.set()
         self._pending: Made | None = None  # its context pass has not run yet
-        pool = world.pool_of(settings.size)
-        self._contexts = {
-            lane: [
-                Context(pool, settings.cache, world.actions.camera) for _ in range(settings.rows)
-            ]
-            for lane in settings.schedule.lanes
-            if lanes is None or lane in lanes
-        }
-        self._lanes: Lanes = {}
-        self._needs: Counter[PageKind] = Counter()
+        pool, frames = world.pool_of(settings.size), world.config.block_frames
+        self._lanes = Lanes(pool, settings, frames, world.actions.camera, lanes)
         self._history_bytes = history
-        each = sum(n * pool.page_nbytes(kind) for kind, n in self._pages(0).items())
-        self.history = History(snapshots_kept(history, each))
+        self.history = History(snapshots_kept(history, self._lanes.snapshot_nbytes))
+        self._lanes.snapshots = self.history.most
         if awake:
-            self._wake()
+            self._lanes.wake()
         self.history.add(self._capture())
-
-    def _pages(self, block_frames: int) -> Counter[PageKind]:
-        """Pages that its contexts ever hold, with blocks of so many frames in the making."""
-        contexts = [context for rows in self._contexts.values() for context in rows]
-        return sum((context.needs(block_frames) for context in contexts), Counter[PageKind]())
-
-    def _wake(self) -> None:
-        """Have pages promised and make the buffers that attention reads."""
-        frames, pool = self.world.config.block_frames, self.context.pool
-        needs = self._pages(frames)
-        for kind, pages in self._pages(0).items():
-            needs[kind] += self.history.most * pages
-        pool.reserve(needs)
-        try:
-            # One row for the prompt and, where a negative one guides, one for that.
-            self._lanes = {
-                lane: [ContextView(context, frames, self.settings.attention) for context in rows]
-                for lane, rows in self._contexts.items()
-            }
-        except BaseException:
-            pool.give_back(needs)  # out of memory: nobody may keep a promise of pages
-            raise
-        self._needs = needs
 
     # --- what it is now -----------------------------------------------------------------------
     @property
@@ -158,11 +124,9 @@ class Session:
         return [replace(block) for block in self.now.given]
 
     @property
-    def lanes(self) -> Lanes:
+    def lanes(self) -> Views:
         """What passes read and stage, by the lane of the schedule."""
-        if not self._lanes:
-            self._wake()
-        return self._lanes
+        return self._lanes.views
 
     @property
     def views(self) -> list[ContextView]:
@@ -181,7 +145,7 @@ class Session:
     @property
     def context(self) -> Context:
         """What earlier blocks left behind under the prompt."""
-        return next(iter(self._contexts.values()))[0]
+        return self._lanes.first
 
     @property
     def block_frames(self) -> int:
@@ -313,7 +277,7 @@ class Session:
     def cells(self) -> list[Cell]:
         """The next block's denoise cells, of these lanes."""
         cells = self.settings.schedule.cells(self.block)
-        return [cell for cell in cells if cell.reads in self._contexts]
+        return [cell for cell in cells if cell.reads in self._lanes]
 
     def begin(
         self,
@@ -473,15 +437,10 @@ class Session:
 
     def _event(self, event: Event) -> None:
         self.settle()
-        for rows in self._contexts.values():
-            for context in rows:
-                context.on_event(event)
+        self._lanes.on_event(event)
 
     def _prepare(self, start: int, frames: int, poses: tuple[Pose, ...]) -> None:
-        """Bring what the next passes read up to date."""
-        for views in self.lanes.values():
-            for view in views:
-                view.prepare(start, frames, poses[-1] if poses else None)
+        self._lanes.prepare(start, frames, poses[-1] if poses else None)
 
     def _commit(self, made: Made, only: set[int] | None = None) -> None:
         """Run a block's context passes and publish it in every lane; ``only``: these frames."""
@@ -489,14 +448,14 @@ class Session:
         passes, cells = schedule.commit_cells(block.index), schedule.cells(block.index)
         if made.given:
             passes, cells = schedule.given_cells(block.index), iter(())
-        here = [cell for cell in passes if cell.reads in self._contexts]
+        here = [cell for cell in passes if cell.reads in self._lanes]
         for cell in here:
             latents = dict(made.noisy).get(cell.level, block.latents)
             commit(
                 self.world.commit, cell, latents, made.conditioning, self.lanes, block.start,
                 made.poses,
             )  # fmt: skip
-        staged = [cell for cell in cells if cell.publishes in self._contexts]
+        staged = [cell for cell in cells if cell.publishes in self._lanes]
         publish((*staged, *here), self.lanes, only)
 
     # --- going on from elsewhere --------------------------------------------------------------
@@ -534,10 +493,7 @@ class Session:
 
     def _go_to(self, snapshot: Snapshot) -> None:
         self._pending = None
-        for lane, rows in self._contexts.items():
-            states = zip(rows, snapshot.tables[lane], snapshot.newest[lane], strict=True)
-            for context, table, newest in states:
-                context.restore(table, newest)
+        self._lanes.restore(snapshot.tables, snapshot.newest)
         self.now, self.decoding = snapshot.moment, snapshot.decoding
         self.history.go_to(snapshot)
 
@@ -632,10 +588,8 @@ class Session:
         return self.decoded in (0, self.block)
 
     def _capture(self) -> Snapshot:
-        tables = {lane: tuple(c.table for c in rows) for lane, rows in self._contexts.items()}
-        newest = {lane: tuple(c.newest for c in rows) for lane, rows in self._contexts.items()}
-        pool = self.context.pool
-        return Snapshot(self.settings, self.now, self.decoding, tables, newest, pool)
+        pool = self._lanes.pool
+        return Snapshot(self.settings, self.now, self.decoding, *self._lanes.tables(), pool)
 
     def memory_report(self) -> MemoryReport:
         """Bytes that it holds and ever will; see `World.memory_report`, which says it before."""
@@ -647,11 +601,7 @@ class Session:
         self._pending = None
         self.history = History(0)
         self.now = replace(self.now, made=(), past=())
-        for rows in self._contexts.values():
-            for context in rows:
-                context.close()
-        self.context.pool.give_back(self._needs)
-        self._needs.clear()
+        self._lanes.close()
         self._closed = True
 
     def __enter__(self) -> "Session":
@@ -697,20 +647,12 @@ class Session:
         return Applied(states, self.prompt, self.context.table.cut, event)
 
     def _conditioning(self, applied: Applied, start: Pose) -> tuple[Conditioning, tuple[Pose, ...]]:
-        """The tensors that controls become, and the poses at the end of each frame that they lead
-        to from ``start``, where there are any."""
-        keys, values = self.asked.keys, self.asked.values
-        spec = self.world.config.actions
-        if spec is None:
-            return Conditioning(keys, values), ()
+        """What controls become, where the player stands at ``start``; see `conditioning`."""
         columns = self.context.pool.shape.grid[1]
-        told = spec.encode(applied.controls, np.array(start), columns)
-        actions, rays = (
-            torch.from_numpy(x)[None].to(self.world.device).expand(self.settings.rows, *x.shape)
-            for x in (told.actions, told.rays)
-        )
-        reached = tuple(tuple(pose) for pose in told.poses.tolist())
-        return Conditioning(keys, values, actions=actions, rays=rays), reached
+        return conditioning(
+            self.asked, self.world.config.actions, applied.controls, start, columns,
+            self.settings.rows, self.world.device,
+        )  # fmt: skip
 
     def _fresh(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
         if self._noise is None:
