@@ -44,6 +44,7 @@ def test_a_state_is_a_plain_value() -> None:
         ({"move": [1, 2]}, "move must be 3 finite numbers"),
         ({"move": [0, 0, True]}, "move must be 3 finite numbers"),
         ({"move": [0, 0, [1]]}, "move must be 3 finite numbers"),
+        ({"look": [0, 1e7]}, "look must be within ±1e\\+06"),
         ({"scroll": 10**400}, "scroll must be a finite number"),
         ({"scroll": "1"}, "scroll must be a finite number"),
         ({"scroll": None}, "scroll must be a finite number"),
@@ -91,6 +92,13 @@ def test_the_latest_snapshot_wins_but_movements_are_summed() -> None:
     after = held.spent().now()
     assert (after.look, after.scroll, after.move) == ((0.0, 0.0), 0.0, (-5.0, 0.0, 0.0))
     assert after.event_id == 3 and after.buttons == {W}
+
+
+def test_no_sum_grows_beyond_what_a_model_can_be_told() -> None:
+    held = Held()
+    for _ in range(3):
+        held = held.heard(state(look=(-9e5, 1.0)))
+    assert held.now().look == (-1e6, 3.0)
 
 
 def test_of_opposed_keys_the_older_loses_for_as_long_as_both_are_held() -> None:

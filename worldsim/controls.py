@@ -16,6 +16,7 @@ IDLE: Keys = frozenset()
 # time is cut up. Move is a stick's deflection: like a button it is held until told otherwise.
 AXES = ("look.x", "look.y", "scroll", "move.x", "move.y", "move.z")
 SUMMED = 3  # of them, the first ones
+FARTHEST = 1e6  # of any axis, either way: what is told to a model stays finite
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class ControlState:
         # Any set or list will do, but what is kept can be hashed and changes no more.
         object.__setattr__(self, "buttons", _names(self.buttons))
         for name, count in (("look", 2), ("move", 3)):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name), count))
-        for name in ("scroll", "t_client"):
-            object.__setattr__(self, name, _numbers(name, (getattr(self, name),), 1)[0])
+            object.__setattr__(self, name, _numbers(name, getattr(self, name), count, FARTHEST))
+        for name, most in (("scroll", FARTHEST), ("t_client", math.inf)):
+            object.__setattr__(self, name, _numbers(name, (getattr(self, name),), 1, most)[0])
         if not (self.prompt is None or isinstance(self.prompt, str)):
             raise ValueError(f"control: prompt must be words or None, got {self.prompt!r}")
         if type(self.event_id) is not int or self.event_id < 0:
@@ -144,10 +145,11 @@ class Held:
                 presses.append(press)
         down = {press.key for press in presses if press.down}
         presses += [Press(key) for key in sorted(state.buttons - down)]
-        right, below = (a + b for a, b in zip(self.newest.look, state.look, strict=True))
-        summed = replace(
-            state, look=(right, below), scroll=self.newest.scroll + state.scroll, prompt=None
+        right, below, scroll = (
+            max(-FARTHEST, min(FARTHEST, a + b))
+            for a, b in zip(self.newest.amounts[:SUMMED], state.amounts[:SUMMED], strict=True)
         )
+        summed = replace(state, look=(right, below), scroll=scroll, prompt=None)
         return Held(tuple(presses), summed)
 
     def now(self, forbidden: Iterable[Collection[str]] = ()) -> ControlState:
@@ -181,8 +183,8 @@ def _names(buttons: Any) -> Keys:
     return frozenset(buttons)
 
 
-def _numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
-    """So many finite numbers."""
+def _numbers(name: str, values: Any, count: int, most: float) -> tuple[float, ...]:
+    """So many finite numbers, none of them beyond ± ``most``."""
     try:
         plain = tuple(float(v) for v in values if not isinstance(v, (str, bool)))
     except (TypeError, ValueError, OverflowError):
@@ -191,4 +193,6 @@ def _numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
         wanted = "a finite number" if count == 1 else f"{count} finite numbers"
         got = values[0] if count == 1 else values
         raise ValueError(f"control: {name} must be {wanted}, got {got!r}")
+    if max(map(abs, plain)) > most:
+        raise ValueError(f"control: {name} must be within ±{most:g}, got {values!r}")
     return plain
