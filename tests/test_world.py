@@ -374,6 +374,7 @@ def test_sessions_side_by_side_find_their_pages_ready(make_world: MakeWorld) -> 
     world = make_world()
     first, second = world.session(seed=1), world.session(seed=2)
     twin = first.fork()
+    assert twin.lanes, "a fork has its pages promised when it first needs them"
     pool = world.pool.addresses()
     for _ in range(10):
         for session in (first, second, twin):
