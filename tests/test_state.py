@@ -59,13 +59,13 @@ def test_going_on_from_a_snapshot_is_never_having_stopped(
         with some.session("red brick", seed=3, cache=f"{line},prompt=recache") as session:
             roam(session, 9)
             here = session.snapshot()
-            straight = roam(session, 12)
+            straight = roam(session, 20)
             roam(session, 3, seed=1)
             session.restore(here)
-            assert same(roam(session, 12), straight)
+            assert same(roam(session, 20), straight)
             with session.fork() as twin:
                 twin.restore(here)
-                assert same(roam(twin, 12), straight)
+                assert same(roam(twin, 20), straight)
         del here, session, twin
         gc.collect()
         assert some.pool.used_pages == 0
