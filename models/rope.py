@@ -60,8 +60,20 @@ def rotation(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs of ``x [..., N, head_dim]`` by ``cos, sin [N, head_dim / 2]``."""
-    pair = x.to(cos.dtype).unflatten(-1, (-1, 2))
-    even, odd = pair.unbind(-1)
+    """Rotate interleaved pairs of ``x [..., N, head_dim]`` by ``cos, sin [N, head_dim / 2]``.
+
+    A pair is one complex number: a single pass over memory, with the bits of `rotate_pairs`.
+    """
+    if torch.compiler.is_compiling():  # which makes one pass of anything but complex numbers
+        return rotate_pairs(x, cos, sin)
+    working = x.to(cos.dtype)
+    pairs, turn = torch.view_as_complex(working.unflatten(-1, (-1, 2))), torch.complex(cos, sin)
+    turned = pairs * turn if working is x else pairs.mul_(turn)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What `rotate` does, written out."""
+    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from worldsim.models.attention import attention, check_backend, softmax_attention
-from worldsim.models.rope import axis_pairs, rotate, rotation, token_positions
+from worldsim.models.rope import axis_pairs, rotate, rotate_pairs, rotation, token_positions
 
 GOLDEN = Path(__file__).parent / "golden" / "e_schedule.safetensors"
 CPU_BACKENDS = ("flex", "_native_math", "_native_flash")  # diffusers' own that need no GPU
@@ -130,6 +130,14 @@ def test_pairs_are_interleaved_complex_numbers() -> None:
         torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
     ).flatten(-2)
     assert (rotate(x, cos, sin) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16], ids=str)
+def test_one_pass_has_the_bits_of_the_formula(dtype: torch.dtype) -> None:
+    # Rows before heads in memory, as a projection leaves them.
+    x = randn(0, 1, 6, 2, 32, dtype=dtype).transpose(1, 2)
+    turn = rotation(token_positions(torch.tensor([5]), 2, 3), 32, dtype)
+    assert torch.equal(rotate(x, *turn), rotate_pairs(x, *turn))
 
 
 def test_turning_twice_is_turning_by_the_sum() -> None:

@@ -143,8 +143,8 @@ def _prompt(world: World, settings: Settings) -> int:
 # --- what comes and goes ----------------------------------------------------------------------
 def _turned(context: Context) -> int:
     """Bytes for each number of what `worldsim.models.rope.rotate` turns: the number in float32
-    (where it is not), and then both halves of the result and the two products of the second."""
-    return _widened(context) + 2 * FLOAT
+    (where it is not) and the result."""
+    return _widened(context) + context.pool.dtype.itemsize
 
 
 def _widened(context: Context) -> int:
