@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from worldsim.models.attention import NATIVE, attention, check_backend
 from worldsim.models.context import Attends, Rows
+from worldsim.models.norms import AffineNorm, RMSNorm, add_gated, modulated_norm
 
 # float32 products of few rows round differently with thread and row count; a chunk of this many
 # rows does not. Embeddings of levels are therefore always computed in chunks of exactly this size.
@@ -61,25 +62,6 @@ class Text(NamedTuple):
     prompt: Tensor | None
 
 
-class RMSNorm(nn.Module):
-    """RMS norm over the full width, rounded to the input's dtype before the gain (as in Wan)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight
-
-
-class AffineNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its own parameters (float32 in a half-precision model)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Projections of one attention: RMS norm over all heads, then the split into heads."""
 
@@ -104,10 +86,10 @@ class Attention(nn.Module):
         return self._split(self.to_v(x))
 
     def out(self, x: Tensor) -> Tensor:
-        return self.to_out[0](rearrange(x, "r h n d -> r n (h d)"))
+        return self.to_out[0](x.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "r n (h d) -> r h n d", h=self.heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class GELUProjection(nn.Module):
@@ -212,10 +194,10 @@ class Layer(nn.Module):
         if stage:
             context.stage(index, q if context.asks else None, k, v)
         y = self.attn1.out(context.attend(index, q, k, v))
-        x = x + gated(y, gate1)
+        x = add_gated(x, y, gate1)
         x = x + self.read_text(self.norm2(x), text, frames=m.shape[1])
         y = self.ffn(modulated_norm(x, shift2, scale2, self.eps))
-        return x + gated(y, gate2)
+        return add_gated(x, y, gate2)
 
     def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-attention K/V of prompts ``[P, T, D]``, each ``[P, heads, T, head_dim]``."""
@@ -433,17 +415,3 @@ def time_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     angle = timestep.to(torch.float64)[:, None] * 10_000.0 ** (-steps / half)
     sinusoid = torch.cat((angle.cos(), angle.sin()), dim=-1)
     return sinusoid if timestep.dtype == torch.float64 else sinusoid.float()
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """``LayerNorm(x) · (1 + scale) + shift`` with ``x [R, N, D]`` and per-frame ``[R, F, D]``."""
-    frames = shift.shape[1]
-    y = F.layer_norm(x, (x.shape[-1],), eps=eps).unflatten(1, (frames, -1))
-    y = torch.addcmul(shift[:, :, None], y, 1 + scale[:, :, None])
-    return y.flatten(1, 2).to(x.dtype)
-
-
-def gated(y: Tensor, gate: Tensor) -> Tensor:
-    """``y [R, N, D]`` times a per-frame gate ``[R, F, D]``."""
-    frames = gate.shape[1]
-    return (y.unflatten(1, (frames, -1)) * gate[:, :, None]).flatten(1, 2).to(y.dtype)
