@@ -28,7 +28,8 @@ def compile_world(world: World, opened: Callable[[], Session], console: Console)
                 "--compile is for pages in full: leave it out, or the formats in "
                 f"'{session.settings.cache.line()}'"
             )
-        world.compile()
+    world.compile()
+    with opened() as session:  # anew: its buffers lie as those of all compiled sessions do
         console.print("compiling: denoise, commit …", end=" ")
         began = time.perf_counter()
         try:

@@ -59,7 +59,7 @@ def run(options: DoctorOptions) -> None:
     own = (world.config.height, world.config.width)
     height, width = (b if a is None else a for a, b in zip(options.size, own, strict=True))
     size = (height, width)
-    needed = forecast(world, options.cache, size)
+    needed = forecast(world, options.cache, size, options.device)
     fits = needed.total <= there
     helps = [] if fits else remedies(world, needed, options, size)
     cache = world.config.cache_config(options.cache).line()
@@ -96,6 +96,8 @@ def rows(needed: Forecast, there: int) -> Iterator[tuple[str, int]]:
     """What is printed: names and bytes."""
     kept, passes = needed.kept, needed.passes
     yield from ((f"weights: {model}", count) for model, count in needed.weights.items())
+    if needed.packed:
+        yield "weights: in the order of this CPU's products", needed.packed
     yield "the world, which its sessions share", needed.world
     parts = {
         "context: sink": kept.sink,
@@ -197,7 +199,7 @@ def remedies(
     """Changes that each save something worth it, the best first."""
 
     def saved(other: World, line: str | None = options.cache) -> int:
-        return needed.total - forecast(other, line, size).total
+        return needed.total - forecast(other, line, size, options.device).total
 
     found = [
         (f"--cache '{line}'", saved(world, line))

@@ -28,12 +28,14 @@ class PartTimes:
     Attributes:
         flops: floating-point operations that the roofline of a part counts, for one block.
         pictures: frames of a block.
+        gemm: operations a second of the fastest of its products; 0 where none was timed.
     """
 
     ms: dict[str, list[float]]
     roofline_ms: dict[str, list[float]]
     flops: dict[str, int]
     pictures: int
+    gemm: float
 
 
 def time_parts(world: World, setting: Setting, warm_up: int, blocks: int) -> PartTimes:
@@ -66,9 +68,12 @@ def time_parts(world: World, setting: Setting, warm_up: int, blocks: int) -> Par
                 with alone.timed(part):
                     roofline.run(part)
             pictures = len(block.frames)
+            if i == warm_up - 1:
+                roofline.sharpen()
     return PartTimes(
         {part: measured.ms[part][-blocks:] for part in PARTS},
         alone.ms,
         {part: roofline.flops(part) for part in COMPUTED},
         pictures,
+        roofline.gemm,
     )

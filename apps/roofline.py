@@ -7,21 +7,27 @@ where it ends; decoding its convolutions. What does not count is everything betw
 rotations, activations, modulation, copies, noise, the page table, Python. K/V of a text are made
 once for each prompt, so they are in neither side.
 
-The recorded calls are run again by themselves, in their order and by the same kernels, on random
-tensors of the same size, layout, dtype and device. Each weight and each layer's context has a twin
-of its own, and tensors that shared memory share a twin: caches see what they see in the real pass.
-A bias is added inside its kernel, so it counts as well.
+The recorded calls are run again by themselves, in their order, on random tensors of the same size,
+layout, dtype and device. Each weight and each layer's context has a twin of its own, and tensors
+that shared memory share a twin: caches see what they see in the real pass. A bias is added inside
+its kernel, so it counts as well; a GELU does not, even where the model has it inside.
+
+Kernels are those of the model until `Roofline.sharpen`: from then on each shape has the fastest
+that there is (`worldsim.apps.fastest`), whether or not it is the model's own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from worldsim.apps.fastest import Run, fastest, ways
 
 
 def _by_row(out: Tensor, x: Tensor, *_: Any) -> int:
@@ -51,6 +57,14 @@ FLOPS: Mapping[Callable[..., Tensor], Callable[..., int]] = {
     F.conv2d: _by_kernel,
     F.conv3d: _by_kernel,
 }
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """What a packed linear computes, as arguments of the plain one; a packed weight has neither
+    address nor strides, but it is one object for as long as it is there."""
+    rows, columns = weight.shape
+    plain = Layout(id(weight), (rows, columns), (columns, 1), x.dtype, x.device)
+    return (x, plain) if bias is None else (x, plain, bias)
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,8 @@ class Roofline:
 
     def __init__(self) -> None:
         self._calls: dict[str, list[Call]] = {}
+        self._ways: dict[str, list[Run]] = {}
+        self.gemm = 0.0  # operations a second of the fastest product, once it is known
         self._twins: dict[Layout, Tensor] = {}
 
     @contextmanager
@@ -102,12 +118,34 @@ class Roofline:
             )
             for call in recorder.calls
         ]
+        self._ways[part] = [partial(c.kernel, *c.args, **c.options) for c in self._calls[part]]
+
+    @torch.inference_mode()
+    def sharpen(self) -> None:
+        """Take the fastest kernel for each shape: tried out once, here and now."""
+        best: dict[Any, int] = {}  # by shape
+        made: dict[Any, Run] = {}  # by tensors: a weight that is used in each step is packed once
+        for part, calls in self._calls.items():
+            self._ways[part] = [self._fastest(call, best, made) for call in calls]
+
+    def _fastest(self, call: Call, best: dict[Any, int], made: dict[Any, Run]) -> Run:
+        there = ways(call.kernel, call.args, call.options)
+        tensors = [x for x in call.args if isinstance(x, Tensor)]
+        shape = (call.kernel, *((x.shape, x.stride(), x.dtype) for x in tensors))
+        if shape not in best:
+            best[shape], seconds = fastest(there)
+            if call.kernel is F.linear and seconds:
+                self.gemm = max(self.gemm, call.flops / seconds)
+        same = (call.kernel, *map(id, call.args), *map(id, call.options.values()))
+        if same not in made:
+            made[same] = there[best[shape]]()
+        return made[same]
 
     @torch.inference_mode()
     def run(self, part: str) -> None:
         """Run the kernels of a part by themselves."""
-        for call in self._calls[part]:
-            call.kernel(*call.args, **call.options)
+        for run in self._ways[part]:
+            run()
 
     def flops(self, part: str) -> int:
         """Floating-point operations of a part; a multiplication and its addition are two."""
@@ -137,6 +175,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         options = dict(kwargs or {})
         out = func(*args, **options)
+        if func is torch.ops.mkldnn._linear_pointwise:
+            args, func = _pointwise(*args), F.linear
         if func in FLOPS:
             flops = FLOPS[func](out, *args)
             named = {name: _layout(value) for name, value in options.items()}
@@ -147,5 +187,5 @@ class _Recorder(TorchFunctionMode):
 def _layout(value: Any) -> Any:
     """The layout of a tensor of figures; masks and everything else stay what they are."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
+        return value  # and what is a layout already
     return Layout(value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, value.device)

@@ -14,14 +14,13 @@ from torch.nn import functional as F
 def few_passes(x: Tensor) -> bool:
     """Whether operations run one by one on a CPU, for their results alone."""
     return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     )
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the full width, rounded to the input's dtype before the gain (as in Wan)."""
+    """RMS norm over the full width, rounded to the input's dtype before the gain (as in Wan), or,
+    where passes are counted, only after it."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -29,7 +28,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight
+        if not few_passes(x):
+            return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * self.weight
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(wide)
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        y = y * scale if y is x else y.mul_(scale)
+        return y.mul_(self.weight.to(wide)).to(x.dtype)
 
 
 class AffineNorm(nn.LayerNorm):

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from worldsim.models.attention import NATIVE, attention, check_backend
 from worldsim.models.context import Attends, Rows
 from worldsim.models.norms import AffineNorm, RMSNorm, add_gated, modulated_norm
+from worldsim.models.packed import Linear
 
 # float32 products of few rows round differently with thread and row count; a chunk of this many
 # rows does not. Embeddings of levels are therefore always computed in chunks of exactly this size.
@@ -69,10 +70,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend = NATIVE
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
@@ -97,16 +98,18 @@ class GELUProjection(nn.Module):
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, inner)
+        self.proj = Linear(dim, inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        if isinstance(self.proj, Linear):
+            return self.proj.with_gelu(x)
+        return F.gelu(self.proj(x), approximate="tanh")  # with a LoRA beside it
 
 
 class FeedForward(nn.Module):
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GELUProjection(dim, inner), nn.Identity(), nn.Linear(inner, dim)])
+        self.net = nn.ModuleList([GELUProjection(dim, inner), nn.Identity(), Linear(inner, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self.net:
@@ -201,7 +204,8 @@ class Layer(nn.Module):
 
     def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-attention K/V of prompts ``[P, T, D]``, each ``[P, heads, T, head_dim]``."""
-        return self.attn2.keys(text), self.attn2.values(text)
+        # One head after the other, as attention reads them, many times.
+        return self.attn2.keys(text).contiguous(), self.attn2.values(text).contiguous()
 
     def read_text(self, y: Tensor, text: Text, frames: int) -> Tensor:
         q = self.attn2.queries(y)
@@ -271,7 +275,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             Layer(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
             for _ in range(num_layers)
         )
-        self.proj_out = nn.Linear(dim, out_channels * patch_height * patch_width)
+        self.proj_out = Linear(dim, out_channels * patch_height * patch_width)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.ray_embedder = nn.Linear(ray_dim, dim, bias=False) if ray_dim else None
 

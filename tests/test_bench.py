@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from worldsim.apps import bench, medium
+from worldsim.apps.fastest import fastest, ways
 from worldsim.apps.opening import open_world
 from worldsim.apps.roofline import Call, Roofline, _Recorder
 from worldsim.apps.setting import Setting
@@ -238,3 +239,34 @@ def test_figures_are_printed_and_written(
     assert run(monkeypatch, *started[0][1:]) == 0
     out, err = capfd.readouterr()
     assert "8 pictures (0.5 s)" in err and len(out) > 0
+
+
+def test_the_fastest_ways_do_the_same_work(make_world: MakeWorld) -> None:
+    x, weight, bias = torch.randn(2, 48, 64), torch.randn(96, 64), torch.randn(96)
+    q, k, v = (torch.randn(1, 2, rows, 32) for rows in (40, 200, 200))
+    for kernel, args in (
+        (F.linear, (x, weight, bias)),
+        (F.scaled_dot_product_attention, (q, k, v)),
+    ):
+        makers = ways(kernel, args, {})
+        assert len(makers) == 2
+        plain, other = (make()() for make in makers)
+        if other is not None:  # the written-out one leaves its result in a buffer
+            assert (plain - other).abs().max() < 1e-4
+        number, seconds = fastest(makers)
+        assert number in (0, 1) and seconds > 0
+    assert len(ways(F.conv2d, (x,), {})) == 1
+
+
+def test_sharpening_changes_kernels_and_not_the_work(make_world: MakeWorld) -> None:
+    world, roofline = make_world(cache="recent=3"), Roofline()
+    with world.session(steps=2) as session:
+        for _ in range(3):
+            session.denoise()
+        with roofline.record("denoise"):
+            session.denoise()
+    flops = roofline.flops("denoise")
+    assert roofline.gemm == 0
+    roofline.sharpen()
+    roofline.run("denoise")
+    assert roofline.flops("denoise") == flops and roofline.gemm > 0

@@ -24,6 +24,7 @@ from worldsim.cache.context import Context
 from worldsim.config import Settings
 from worldsim.memory import MemoryReport
 from worldsim.models.autoencoder import Decoder
+from worldsim.models.packed import packed_nbytes
 from worldsim.models.view import DECODED, layers_at_once
 from worldsim.quantize import nbytes
 from worldsim.world import World
@@ -37,6 +38,7 @@ class Forecast:
 
     Attributes:
         weights: of each model, which all sessions of a world share.
+        packed: copies of weights in the order of a CPU's products, see `worldsim.models.packed`.
         kept: what a session promises to hold, see `MemoryReport`.
         prompt: cross-attention keys and values of what a session asks for.
         pictures: of the newest block.
@@ -45,6 +47,7 @@ class Forecast:
     """
 
     weights: Mapping[str, int]
+    packed: int
     kept: MemoryReport
     prompt: int
     pictures: int
@@ -52,8 +55,8 @@ class Forecast:
 
     @property
     def world(self) -> int:
-        """Of all weights."""
-        return sum(self.weights.values())
+        """Of all weights, and of copies in another order."""
+        return sum(self.weights.values()) + self.packed
 
     @property
     def session(self) -> int:
@@ -74,6 +77,7 @@ class Forecast:
         """Every number by its name, for tables and JSON."""
         return {
             "weights": dict(self.weights),
+            "packed": self.packed,
             "kept": self.kept.figures(),
             "prompt": self.prompt,
             "pictures": self.pictures,
@@ -85,13 +89,17 @@ class Forecast:
 
 
 def forecast(
-    world: World, cache: str | None = None, size: tuple[int, int] | None = None
+    world: World,
+    cache: str | None = None,
+    size: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Forecast:
     """Of a world, loaded or not (see `worldsim.blueprint`), and a session with this cache.
 
     Args:
         cache: see `CacheConfig.parse`; None is the world's own.
         size: height and width of a picture; None is the world's own.
+        device: where it is to run.
 
     Raises:
         ValueError: for a cache or a size that this world cannot do.
@@ -105,6 +113,7 @@ def forecast(
     decode, pictures = _decoding(world, settings)
     return Forecast(
         weights=_weights(world),
+        packed=packed_nbytes(world.transformer) if torch.device(device).type == "cpu" else 0,
         kept=world.memory_of(settings, context, None, history=0),
         prompt=_prompt(world, settings),
         pictures=pictures,

@@ -7,6 +7,7 @@ made, when the lanes are first read: a fork that makes no block costs no more th
 
 from collections import Counter
 from collections.abc import Container, Mapping
+from functools import partial
 
 from worldsim.cache.camera import Camera
 from worldsim.cache.context import Context, Event
@@ -33,12 +34,15 @@ class Lanes:
         block_frames: int,
         camera: Camera | None,
         only: Container[int] | None = None,
+        by_head: bool = False,
     ) -> None:
-        """``only``: of the schedule's lanes, these."""
+        """``only``: of the schedule's lanes, these. ``by_head``: see `ContextView`."""
         self.pool = pool
         self.snapshots = 0
         self._frames = block_frames
-        self._attention = settings.attention
+        self._view = partial(
+            ContextView, block_frames=block_frames, backend=settings.attention, by_head=by_head
+        )
         self._contexts = {
             lane: [Context(pool, settings.cache, camera) for _ in range(settings.rows)]
             for lane in settings.schedule.lanes
@@ -84,7 +88,7 @@ class Lanes:
         self.pool.reserve(needs)
         try:
             self._views = {
-                lane: [ContextView(context, self._frames, self._attention) for context in rows]
+                lane: [self._view(context) for context in rows]
                 for lane, rows in self._contexts.items()
             }
         except BaseException:

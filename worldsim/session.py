@@ -75,7 +75,8 @@ class Session:
         self._going.set()
         self._pending: Made | None = None  # its context pass has not run yet
         pool, frames = world.pool_of(settings.size), world.config.block_frames
-        self._lanes = Lanes(pool, settings, frames, world.actions.camera, lanes)
+        by_head = world.device.type == "cpu" and world.forward is world.transformer
+        self._lanes = Lanes(pool, settings, frames, world.actions.camera, lanes, by_head)
         self._history_bytes = history
         self.history = History(snapshots_kept(history, self._lanes.snapshot_nbytes))
         self._lanes.snapshots = self.history.most
