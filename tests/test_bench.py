@@ -241,7 +241,7 @@ def test_figures_are_printed_and_written(
     assert "8 pictures (0.5 s)" in err and len(out) > 0
 
 
-def test_the_fastest_ways_do_the_same_work(make_world: MakeWorld) -> None:
+def test_the_fastest_ways_do_the_same_work() -> None:
     x, weight, bias = torch.randn(2, 48, 64), torch.randn(96, 64), torch.randn(96)
     q, k, v = (torch.randn(1, 2, rows, 32) for rows in (40, 200, 200))
     for kernel, args in (
