@@ -1,0 +1,50 @@
+"""What a browser may send as a file, bounded and parsed with care."""
+
+import io
+
+import numpy as np
+from fastapi import Request
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+UPLOADS = ("/picture",)  # how the paths end that take files
+FILE_BYTES = 8 * 2**20
+PIXELS = 2**24
+KINDS = ("PNG", "JPEG", "WEBP")
+
+
+async def body(request: Request) -> bytes:
+    """A request's body.
+
+    Raises:
+        ValueError: as soon as it is too large, whatever its header says.
+    """
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > FILE_BYTES:
+            raise ValueError(f"a file is at most {FILE_BYTES // 2**20} MiB")
+    return bytes(data)
+
+
+def opening_picture(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The picture in a file, cut to the middle and scaled to (height, width): uint8 ``[H, W, 3]``.
+
+    Raises:
+        ValueError: for what is no picture, or too large a one.
+    """
+    height, width = size
+    try:
+        with Image.open(io.BytesIO(data), formats=KINDS) as image:
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"a picture has at most {PIXELS // 2**20} million pixels")
+            whole = image.convert("RGB")
+    except ValueError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(f"no picture that can be read: give {', '.join(KINDS)}") from None
+    scale = min(whole.width / width, whole.height / height)
+    across, down = width * scale, height * scale
+    left, top = (whole.width - across) / 2, (whole.height - down) / 2
+    box = (left, top, left + across, top + down)
+    return np.asarray(whole.resize((width, height), Image.Resampling.LANCZOS, box))
