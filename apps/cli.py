@@ -203,6 +203,21 @@ def play(
     )  # fmt: skip
 
 
+@app.command("fuzz-play", hidden=True)
+def fuzz_play(
+    messages: Annotated[int, typer.Argument(help="How many to send.")] = 100_000,
+    world: WorldName = "maze",
+    seed: Seed = 0,
+) -> None:
+    """Throw random and mutated messages at a server while somebody plays on it."""
+    with _loading():
+        from worldsim.apps.fuzz_play import run
+        from worldsim.apps.play import PlayOptions
+        from worldsim.apps.setting import Setting
+
+    run(messages, PlayOptions(Setting(world)), seed)
+
+
 @app.command(epilog="Examples:  worldsim bench --json bench.json  ·  worldsim bench --model medium")
 def bench(
     model: Annotated[

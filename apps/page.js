@@ -60,6 +60,7 @@ const heard = {
     $(".map-card").hidden = !told.poses;
     $(".begin").hidden = !told.pictures;
     $(".film").hidden = true;
+    $(".save").href = `${root}/worldsim/${told.key}/run.wsrun`;
     pads(told);
   },
   waiting(told) {
@@ -86,7 +87,9 @@ const heard = {
     if (document.activeElement !== $(".seed-value")) $(".seed-value").value = told.seed;
     timeline(told.block, told.oldest);
     branches(told.branches);
-    if (state.painted.length) show(told.paused ? "paused" : "live");
+    state.replaying = told.replaying;
+    if (told.behind) show("going back", "Going back…");
+    else if (state.painted.length) show(status());
   },
   hud(told) { figures(told); timeline(told.block, told.oldest); },
 };
@@ -145,7 +148,7 @@ function draw() {
     if (!Number.isNaN(told.pose[0])) { state.path.push([told.block, ...told.pose]); state.path.splice(0, state.path.length - 4096); plot(); }
     timeline(told.block + 1, state.oldest);
   }
-  if (!state.paused && ws.querySelector(".badge").dataset.state !== "live") show("live");
+  if ($(".badge").dataset.state !== status()) show(status());
 }
 
 function hash(bytes) { // FNV-1a
@@ -259,6 +262,7 @@ function show(name, veil, again) {
   if (veil) $(".veil-text").textContent = veil;
   $(".again").hidden = !again;
 }
+const status = () => (state.paused ? "paused" : state.replaying ? "replay" : "live");
 let noticed = 0;
 function notice(words) {
   $(".notice").textContent = words;
@@ -390,14 +394,16 @@ $(".prompt").onsubmit = (event) => {
 const bar = $(".timeline");
 bar.oninput = () => { state.scrubbing = true; $(".now").textContent = clock(seconds(Number(bar.value))); };
 bar.onchange = () => { state.scrubbing = false; send("rewind", { block: Number(bar.value) }); bar.blur(); };
-$(".begin").onclick = () => $(".file-picture").click();
-$(".file-picture").onchange = async (event) => {
-  const file = event.target.files[0];
-  event.target.value = "";
-  if (!file) return;
-  const answer = await fetch(`${root}/worldsim/${state.hello.key}/picture`, { method: "POST", body: file });
-  if (!answer.ok) notice(await answer.text());
-};
+for (const [button, input, path] of [[".begin", ".file-picture", "picture"], [".load", ".file-run", "run"]]) {
+  $(button).onclick = () => $(input).click();
+  $(input).onchange = async (event) => {
+    const file = event.target.files[0];
+    if (!file) return;
+    const answer = await fetch(`${root}/worldsim/${state.hello.key}/${path}`, { method: "POST", body: file });
+    event.target.value = "";
+    if (!answer.ok) notice(await answer.text());
+  };
+}
 $(".again").onclick = () => { state.opened = false; connect(); };
 $(".toggle-figures").onclick = (event) => {
   const off = ws.classList.toggle("no-figures");

@@ -4,10 +4,12 @@ import os
 import secrets
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 # Before Gradio is imported: it asks nobody anything, and keeps what it must in our own folder.
@@ -27,7 +29,7 @@ from worldsim.apps.opening import open_world
 from worldsim.apps.page import head, page, theme
 from worldsim.apps.room import Room, capacity
 from worldsim.apps.setting import Setting
-from worldsim.apps.uploads import UPLOADS, body, opening_picture
+from worldsim.apps.uploads import UPLOADS, body, opening_picture, recorded
 from worldsim.streaming.turns import Turns
 from worldsim.world import World
 
@@ -179,11 +181,33 @@ def build(room: Room, options: PlayOptions, token: str | None = None) -> Any:
         await Connection(socket, room).run()
 
     @app.get("/worldsim/{key}/film.mp4")
-    async def film(key: str) -> Response:
+    async def film_file(key: str) -> Response:
         player = room.players.get(key)
-        if player is None or player.recording is None or not player.recording.path.is_file():
+        film = None if player is None else player.recording
+        if film is None or film.on or not film.path.is_file():
             return PlainTextResponse("there is no film", 404)
-        return FileResponse(player.recording.path, media_type="video/mp4", filename="worldsim.mp4")
+        return FileResponse(film.path, media_type="video/mp4", filename="worldsim.mp4")
+
+    @app.get("/worldsim/{key}/run.wsrun")
+    async def run_file(key: str) -> Response:
+        player = room.players.get(key)
+        path = None if player is None else player.course.run
+        if path is None or not path.is_file():
+            return PlainTextResponse("there is no run", 404)
+        # At once: it grows, so its length is only true of what is read now.
+        named = {"content-disposition": 'attachment; filename="worldsim.wsrun"'}
+        return Response(path.read_bytes(), media_type="application/x-ndjson", headers=named)
+
+    @app.post("/worldsim/{key}/run")
+    async def replay(key: str, request: Request) -> Response:
+        player = room.players.get(key)
+        if player is None:
+            return PlainTextResponse("there is nobody to show it to", 404)
+        try:
+            player.ask("load", recorded(await body(request), room.world, room.wanted()))
+        except ValueError as error:
+            return PlainTextResponse(str(error), 400)
+        return JSONResponse({})
 
     @app.post("/worldsim/{key}/picture")
     async def picture(key: str, request: Request) -> Response:
@@ -232,6 +256,25 @@ def server(app: Any) -> uvicorn.Server:
             timeout_graceful_shutdown=2, server_header=False, proxy_headers=False,
         )
     )  # fmt: skip
+
+
+@contextmanager
+def background(app: Any, sock: socket.socket) -> Iterator[str]:
+    """Serve on a thread of its own, for as long as the block runs; gives the address."""
+    made = server(app)
+    thread = Thread(
+        target=made.run, kwargs={"sockets": [sock]}, name="worldsim-server", daemon=True
+    )
+    thread.start()
+    try:
+        while not made.started:
+            if not thread.is_alive():
+                raise OSError("the server did not start")
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        made.should_exit = True
+        thread.join()
 
 
 def serve(app: Any, sock: socket.socket) -> None:

@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 
 from worldsim.apps.opening import shown_scale
 from worldsim.apps.setting import Setting
+from worldsim.config import Settings
 from worldsim.memory import MemoryReport
 from worldsim.models.autoencoder import Autoencoder
 from worldsim.session import Session
+from worldsim.streaming.course import Course
 from worldsim.streaming.pictures import encoder
 from worldsim.streaming.player import Player
 from worldsim.streaming.recording import Recording
 from worldsim.streaming.turns import Turns
 from worldsim.world import World
 
-HISTORY_BYTES = 32 * 2**20  # of the snapshots that a player may rewind to
+HISTORY_BYTES = 16 * 2**20  # of the snapshots that a player may rewind to
 BRANCHES = (2, 8)  # that a player may keep: at least, and at most where they are small
-BRANCH_BYTES = 64 * 2**20  # that they may take in all, but for the least
+BRANCH_BYTES = 96 * 2**20  # that they may take in all, but for the least
 BESIDE_BYTES = 32 * 2**20  # of a player beside all that: pictures, the film's encoder, the socket
 WAITING = 64  # at most
 KEEP_FREE = 0.1  # of what there is
@@ -58,6 +60,11 @@ class Room:
         more: dict[str, Any] = {} if picture is None else {"pictures": picture[None]}
         return self.setting.session(self.world, seed=seed, history=HISTORY_BYTES, **more)
 
+    def wanted(self) -> Settings:
+        """What all players' sessions are opened with, but for the seed."""
+        own = self.setting
+        return self.world.settings(0, own.steps, own.cache, own.schedule)
+
     @property
     def takes_pictures(self) -> bool:
         """Whether a session may begin with a picture."""
@@ -78,14 +85,14 @@ class Room:
             raise Full(f"all {self.capacity} places are taken")
         key = secrets.token_urlsafe(16)
         config = self.world.config
+        course = Course(self.open, branches(self.world, self.setting), self.folder / f"{key}.wsrun")
         player = Player(
-            self.open,
+            course,
             encoder(config.height, config.width),
             config.fps,
             seed=self.seed,
             late_latching=self.late_latching if late_latching is None else late_latching,
             recording=Recording(self.folder / f"{key}.mp4", config.fps, shown_scale(self.world)),
-            branches=branches(self.world, self.setting),
             changed=changed,
         )
         self.players[key] = player
@@ -108,7 +115,7 @@ def capacity(world: World, setting: Setting, most: int, free: int) -> int:
         ValueError: if there is no room for one.
     """
     report = world.memory_report(setting.cache, HISTORY_BYTES)
-    kept = branches(world, setting) * _pages(report)
+    kept = branches(world, setting) * _branch(report)
     each = report.session + kept + BESIDE_BYTES
     fit = int((1 - KEEP_FREE) * free) // each
     if fit < 1:
@@ -122,10 +129,10 @@ def capacity(world: World, setting: Setting, most: int, free: int) -> int:
 def branches(world: World, setting: Setting) -> int:
     """How many moments a player may keep to come back to."""
     least, most = BRANCHES
-    each = _pages(world.memory_report(setting.cache))
+    each = _branch(world.memory_report(setting.cache, HISTORY_BYTES))
     return max(least, min(most, BRANCH_BYTES // each if each else most))
 
 
-def _pages(report: MemoryReport) -> int:
-    """Bytes that a snapshot may keep from being used again."""
-    return report.sink + report.mid + report.recent
+def _branch(report: MemoryReport) -> int:
+    """Bytes of pages that a fork may keep from being used again."""
+    return report.sink + report.mid + report.recent + report.history

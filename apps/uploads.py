@@ -1,13 +1,18 @@
 """What a browser may send as a file, bounded and parsed with care."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-UPLOADS = ("/picture",)  # how the paths end that take files
+from worldsim.config import Settings
+from worldsim.replay import Replay, parse_run
+from worldsim.world import World
+
+UPLOADS = ("/picture", "/run")  # how the paths end that take files
 FILE_BYTES = 8 * 2**20
 PIXELS = 2**24
 KINDS = ("PNG", "JPEG", "WEBP")
@@ -48,3 +53,26 @@ def opening_picture(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
     left, top = (whole.width - across) / 2, (whole.height - down) / 2
     box = (left, top, left + across, top + down)
     return np.asarray(whole.resize((width, height), Image.Resampling.LANCZOS, box))
+
+
+def recorded(data: bytes, world: World, wanted: Settings) -> Replay:
+    """The run in a replay file, straight to the end of its last branch.
+
+    Raises:
+        ValueError: for what is no such file, or one that was recorded under other settings than
+            ``wanted``: the memory and the time that a player may take are counted for those.
+    """
+    run = parse_run(data, "this file")
+    try:
+        straight = run.straight(run.newest)
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("this file makes no sense") from None
+    replay = Replay(world, straight)
+    if replace(replay.settings, seed=0) != replace(wanted, seed=0):
+        raise ValueError(
+            "this run was recorded under other settings (steps, cache, schedule or dtype): start "
+            "worldsim play with the same"
+        )
+    if not straight.lines:
+        raise ValueError("this run has no blocks")
+    return replay

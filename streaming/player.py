@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worldsim.controls import ControlState
+from worldsim.replay import Differs, Replay
 from worldsim.schedule import Cell
-from worldsim.session import Session
-from worldsim.state import Block, Played, Snapshot
+from worldsim.state import Block, Snapshot
+from worldsim.streaming.course import Course
 from worldsim.streaming.latency import Latency, quantile, trip
 from worldsim.streaming.pacing import Pacer
 from worldsim.streaming.pictures import Encode
@@ -39,7 +40,6 @@ NEVER = float("inf")
 TIMES_KEPT = 100  # of making a block: what p99 is taken from
 HEARD_KEPT = 64  # controls since the last block; of more, the oldest are forgotten
 UNANSWERED = 256  # blocks sent of which no picture was acknowledged yet
-PATH_KEPT = 4096  # poses
 
 
 class Superseded(Exception):
@@ -74,17 +74,6 @@ class Ready:
     sent: float = 0.0
 
 
-@dataclass(frozen=True)
-class Branch:
-    """A moment to come back to."""
-
-    number: int
-    block: int
-    prompt: str
-    snapshot: Snapshot
-    path: tuple[tuple[int, float, float, float], ...] = ()
-
-
 @dataclass
 class Counts:
     """What happened so far, for the display and the tests."""
@@ -108,45 +97,46 @@ class Player:
     """See the module docstring.
 
     Args:
-        opened: opens the player's session under a seed and, where given, a first picture.
+        course: its way through the world.
         encode: makes bytes of a picture.
         fps: the world's rate.
         late_latching: False begins every block as soon as it may be begun.
+        recording: where films of it are written.
         wake: called whenever there may be something to compute.
         changed: called whenever there may be something to show or to tell.
-        branches: how many may be kept.
-        recording: where films of it are written.
     """
 
     def __init__(
         self,
-        opened: Callable[..., Session],
+        course: Course,
         encode: Encode,
         fps: float,
         *,
         seed: int = 0,
         late_latching: bool = True,
-        branches: int = 8,
         recording: Recording | None = None,
         wake: Callable[[], None] = lambda: None,
         changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.course = course
         self.pacer = Pacer(fps)
         self.latency = Latency()
         self.counts = Counts()
         self.late_latching = late_latching
         self.wake, self.changed, self.clock = wake, changed, clock
         self.recording = recording
-        self.seed = seed
+        self.seed = seed  # to begin with
         self.paused = False
         self.ended: str | None = None  # why
         self.active = clock()  # when the player last did something
         self.share = 1.0  # of the computing time, see `turns`
-        self._opened = opened
-        self._most_branches = branches
+        self.closed = False
+        self.block = 0  # the next one
+        self.oldest = 0  # to which one may go back
+        self.asked = ""  # what the world is to look like
+        self.cache_bytes = 0  # of the context's pages
         self._encode = encode
-        self._session: Session | None = None
         self._lock = Lock()
         # Said, and not yet heeded.
         self._commands: deque[tuple[str, tuple[Any, ...]]] = deque(maxlen=HEARD_KEPT)
@@ -168,9 +158,6 @@ class Player:
         self._took: deque[float] = deque(maxlen=TIMES_KEPT)
         self._leaving = False
         self._told: deque[Told] = deque(maxlen=HEARD_KEPT)
-        self._branches: dict[int, Branch] = {}
-        self._way: deque[Played] = deque()  # blocks to be made once more, to where it was rewound
-        self._path: deque[tuple[int, float, float, float]] = deque(maxlen=PATH_KEPT)
 
     # --- the player's side ----------------------------------------------------------------------
     def control(self, state: ControlState) -> int:
@@ -185,9 +172,8 @@ class Player:
             if len(self._heard) > HEARD_KEPT:
                 del self._heard[0]
             self.active = now
-            session = self._session
         self.wake()
-        return 0 if session is None else int(session.block)
+        return self.block
 
     def prompt(self, text: str, t_client: float = 0.0, event_id: int = 0) -> int:
         """Ask for something else in words; what is held stays held."""
@@ -237,12 +223,6 @@ class Player:
             self._seen, self._allowed = max(self._seen, newest), self.clock()
         self.wake()
 
-    @property
-    def asked(self) -> str:
-        """What the world is asked to look like."""
-        session = self._session
-        return "" if session is None else str(session.prompt)
-
     def leave(self, why: str) -> None:
         """The player is gone: the session is closed at the next turn."""
         with self._lock:
@@ -287,15 +267,13 @@ class Player:
     def due(self) -> float:
         """When it wants the next turn: now or before, later, or never (until it is woken)."""
         with self._lock:
-            if self._leaving or self._session is None or self._commands:
+            if self._leaving or not self.course.begun or self._commands:
                 return 0.0
-            if self._shown or self._way:
+            if self._shown or self.course.behind:
                 return 0.0
             if self._ready is not None:
                 return 0.0 if self._to_be_redone() else NEVER
-            if self._before is None:
-                return 0.0
-            return self._start()
+            return 0.0 if self._before is None else self._start()
 
     def turn(self) -> None:
         """Do the next thing that is to be done.
@@ -305,66 +283,37 @@ class Player:
         """
         if self._leaving:
             self.close()
-            return
-        if self._session is None:
-            self._open(self.seed)
-        if self._way:
-            self._replay()
-            return
-        while self._commands:
-            self._command(*self._commands.popleft())
-        if self._shown:
+        elif not self.course.begun:
+            self._begin(self.seed)
+        elif self.course.behind:
+            self._catch_up()
+        elif self._shown:
             self._settle()
-        with self._lock:
-            redo = self._ready is not None and self._to_be_redone()
-            start = NEVER if self._ready is not None else self._start()
-        if redo:
-            self._withdraw()
-            self.counts.redone += 1
-            self._allowed = self.clock()
-        if redo or start <= self.clock():
-            self._make()
-        elif self._before is None and self._ready is None:
-            self._before = self._live.snapshot()
+        elif self._commands:
+            self._command(*self._commands.popleft())
+        else:
+            self._latch()
 
     def close(self) -> None:
-        """Give everything back. On the computing side."""
+        """Give everything back."""
         with self._lock:
-            session, self._session = self._session, None
-            self._ready, self._leaving = None, True
+            self._ready, self._before, self._leaving = None, None, True
             self.ended = self.ended or "closed"
             self._sent.clear()
             self._shown.clear()
-        self._before = None
-        self._branches.clear()
         if self.recording is not None:
             with suppress(OSError):
                 self.recording.close()
-        if session is not None:
-            session.close()
-
-    @property
-    def closed(self) -> bool:
-        return self._leaving and self._session is None
-
-    @property
-    def ahead(self) -> int:
-        """Blocks that are made, and not yet acknowledged."""
-        session = self._session
-        return 0 if session is None else max(0, int(session.block) - 1 - self._seen)
+        self.course.close()
+        self.closed = True
 
     def expected(self, share: float) -> float:
         """Seconds in which that share of all blocks was ready, from when it was wanted."""
         return quantile(self._took, share)
 
-    @property
-    def _live(self) -> Session:
-        assert self._session is not None
-        return self._session
-
     def _start(self) -> float:
         """When to begin the next block. With the lock held."""
-        if self.paused or self._live.block > self._seen + 1:
+        if self.paused or self.block > self._seen + 1:
             return NEVER
         if not self.late_latching or self.pacer.due is None or not self._took:
             return 0.0
@@ -373,56 +322,48 @@ class Player:
     def _to_be_redone(self) -> bool:
         """Whether there is a newer control than the block at hand heeds, and time for it. With the
         lock held."""
-        if not (self.late_latching and self._urgent and self._heard and self._took):
-            return False
         due = self.pacer.due
-        return due is not None and self.clock() + self.expected(0.9) <= due
+        if not (self.late_latching and self._urgent and self._took) or due is None:
+            return False
+        return not self.course.replaying and self.clock() + self.expected(0.9) <= due
 
-    def _open(self, seed: int, *pictures: Any) -> None:
-        session = self._opened(seed, *pictures)
+    def _latch(self) -> None:
+        """Make the next block, or the one that waits anew, if it is time."""
         with self._lock:
-            old, self._session = self._session, session
-            self.seed = seed
-            self._branches.clear()
-            self._way.clear()
-        if old is not None:
-            old.close()
-        self._path.clear()
-        self._anew(session.block)
-
-    def _anew(self, block: int) -> None:
-        """Go on from another place: what was ready, sent or seen counts no more."""
-        with self._lock:
-            self._ready, self._before = None, None
-            self._sent.clear()
-            self._shown.clear()
-            self._run += 1
-            self._seen = block - 1
-            self._allowed = self.clock()
-            self.pacer.stop()
-            if self._latest is not None:  # keys stay held, whatever the world had been told
-                self._heard = [(self._latest, NEVER)]
-            self._told.append(Told("path", {"run": self._run, "points": list(self._path)}))
-        self._tell_state()
+            redo = self._ready is not None and self._to_be_redone()
+            start = NEVER if self._ready is not None else self._start()
+        if redo:
+            self._withdraw()
+            self.counts.redone += 1
+        if self._before is None:
+            self._before = self.course.session.snapshot()
+        if redo or start <= self.clock():
+            self._make()
 
     def _make(self) -> None:
-        session = self._live
-        if self._before is None:
-            self._before = session.snapshot()
         with self._lock:
             heeded = tuple(self._heard)
-            self._heard, self._urgent = [], False
+            changed, self._heard, self._urgent = self._urgent, [], False
             wanted = max(self._allowed, self._start())
+        if changed and self.course.replaying:
+            self.course.take_over()
+            self._before = self.course.session.snapshot()
+            self._tell_state()
         heeded = tuple(said for said in heeded if self._heeds(said[0]))
         try:
-            block = session.step(on_step=self._look)
+            block = self.course.step(self._look)
         except Superseded:
             assert self._before is not None
-            session.restore(self._before)
+            self.course.session.restore(self._before)
             self.counts.aborted += 1
             with self._lock:
                 self._heard = [*heeded, *self._heard]
+                self._urgent = True
                 self._allowed = self.clock()
+            return
+        except Differs as error:
+            self.tell("notice", text=f"this is another world than was recorded: {error}")
+            self._begin(self.course.seed)
             return
         encoding = self.clock()
         pictures = [self._encode(picture) for picture in block.frames]
@@ -430,8 +371,8 @@ class Player:
         work = {"denoise": block.timings["denoise"], "decode": block.timings["decode"]}
         work["encode"] = done - encoding
         pose = None
-        if session.world.actions.posed:
-            x, y, heading = session.pose[:3]
+        if self.course.session.world.actions.posed:
+            x, y, heading = self.course.session.pose[:3]
             pose = (x, y, heading)
         for state, _ in heeded:
             self._event = state.event_id or self._event
@@ -443,13 +384,16 @@ class Player:
         self._took.append(done - wanted)
         with self._lock:
             self._ready = ready
+        self._look_around()
         self.counts.made += 1
         self.changed()
 
     def _heeds(self, state: ControlState) -> bool:
         """Whether the session took a control; if not, the player is told why."""
+        if self.course.replaying:
+            return False
         try:
-            self._live.control(state=state)
+            self.course.session.control(state=state)
         except ValueError as error:
             self.tell("notice", text=str(error))
             return False
@@ -458,33 +402,70 @@ class Player:
     def _look(self, cell: Cell, x0: Tensor) -> None:
         """After each step: give the block up for a newer control, if there is time."""
         with self._lock:
-            if self._to_be_redone() or self._commands or self._leaving:
+            if self._to_be_redone() or self._leaving:
                 raise Superseded
 
     def _withdraw(self) -> None:
-        """Take back the block that is ready and not shown."""
+        """Take back the block that is ready and not shown. One of a replay stays: it would be the
+        same."""
         with self._lock:
-            ready, self._ready = self._ready, None
-            if ready is None:
+            if self.course.replaying or self._ready is None:
                 return
+            ready, self._ready = self._ready, None
             self._heard = [*ready.heeded, *self._heard]
-        self._number = ready.number
+            self._allowed = self.clock()
         assert self._before is not None
-        self._live.restore(self._before)
+        self._number = ready.number
+        self.course.session.restore(self._before)
+        self._look_around()
 
     def _settle(self) -> None:
         """After a block is shown: record it, and get ready for the next while nobody waits."""
         while self._shown:
             ready = self._shown.popleft()
-            if ready.pose is not None:
-                self._path.append((ready.block.index, *ready.pose))
+            self.course.walked(ready.block, ready.pose)
             if self.recording is not None:
                 try:
                     self.recording.write(ready.block.frames)
                 except (OSError, ValueError) as error:
-                    self.tell("notice", text=f"recording stopped: {error}")
+                    self.tell("notice", text=f"the recording has ended: {error}")
                     self._tell_state()
-        self._before = self._live.snapshot()
+        self._before = self.course.session.snapshot()
+
+    def _begin(self, seed: int, *pictures: Any) -> None:
+        try:
+            self.course.begin(seed, *pictures)
+        except OSError as error:
+            self.tell("notice", text=f"no replay file is written: {error}")
+        self._anew()
+
+    def _catch_up(self) -> None:
+        self.course.catch_up()
+        if not self.course.behind:
+            self._anew()
+
+    def _anew(self) -> None:
+        """It goes on from elsewhere: what was ready, sent or seen counts no more."""
+        self._look_around()
+        with self._lock:
+            self._ready, self._before = None, None
+            self._sent.clear()
+            self._shown.clear()
+            self._run += 1
+            self._seen = self.block - 1
+            self._allowed = self.clock()
+            self.pacer.stop()
+            if self._latest is not None:  # keys stay held, whatever the world had been told
+                self._heard = [(self._latest, NEVER)]
+        self.tell("path", run=self._run, points=list(self.course.path))
+        self._tell_state()
+
+    def _look_around(self) -> None:
+        """Note what others may want to know, who may not ask the session."""
+        now, pool = self.course.session.now, self.course.session.context.pool
+        self.block, self.oldest, self.asked = now.block, now.reach, now.asked.prompt
+        table = self.course.session.context.table
+        self.cache_bytes = sum(pool.page_nbytes(pool.kind(entry.page)) for entry in table)
 
     # --- commands -------------------------------------------------------------------------------
     def _command(self, what: str, values: tuple[Any, ...]) -> None:
@@ -507,71 +488,44 @@ class Player:
         self.changed()
 
     def _do_reset(self, seed: int) -> None:
-        self._open(seed)
+        self._begin(seed)
 
     def _do_begin(self, picture: NDArray[np.uint8]) -> None:
         """Anew, from a picture uint8 ``[H, W, 3]``."""
-        self._open(self.seed, picture)
+        self._begin(self.course.seed, picture)
+
+    def _do_load(self, replay: Replay) -> None:
+        try:
+            self.course.follow(replay)
+        finally:
+            self._anew()
 
     def _do_rewind(self, block: int) -> None:
         self._withdraw()
-        self._settle()
-        session = self._live
-        now = session.now
-        if not 0 <= block <= now.block:
-            raise ValueError(f"cannot go back to block {block}: the next one is {now.block}")
-        start = session.history.before(block, now)
-        session.restore(start)
-        # As `Session.rewind` does it, but a block a turn: others play meanwhile.
-        self._way = deque(now.past[start.block - now.reach : block - now.reach])
-        self._anew_at(block)
-
-    def _replay(self) -> None:
-        """Make one block of the way once more."""
-        session = self._live
-        session.decode(session.play(self._way.popleft()))
-        if not self._way:
-            self._tell_state()
+        self.course.rewind(block)
+        if not self.course.behind:
+            self._anew()
 
     def _do_fork(self) -> None:
-        """Remember this moment as a branch."""
         self._withdraw()
-        self._settle()
-        session = self._live
-        if len(self._branches) >= self._most_branches:
-            raise ValueError(f"{self._most_branches} branches are kept: drop one first")
-        number = max(self._branches, default=0) + 1
-        self._branches[number] = Branch(
-            number, session.block, session.prompt, session.snapshot(), tuple(self._path)
-        )
+        self.course.fork()
 
     def _do_switch(self, number: int) -> None:
-        """Go on from a branch; it stays where it is."""
-        if number not in self._branches:
-            raise ValueError(f"there is no branch {number}")
         self._withdraw()
-        branch = self._branches[number]
-        self._way.clear()
-        self._live.restore(branch.snapshot)
-        self._path = deque(branch.path, maxlen=PATH_KEPT)
-        self._anew_at(branch.block)
+        self.course.switch(number)
+        self._anew()
 
     def _do_drop(self, number: int) -> None:
-        self._branches.pop(number, None)
+        self.course.drop(number)
 
     def _do_record(self, on: bool) -> None:
         if self.recording is None:
             raise ValueError("this player records nothing")
-        if not on:
+        if on:
+            self.recording.start()
+        elif self.recording.on:
             self.recording.stop()
             self.tell("recorded")
-        else:
-            self.recording.start()
-
-    def _anew_at(self, block: int) -> None:
-        while self._path and self._path[-1][0] >= block:
-            self._path.pop()
-        self._anew(block)
 
     # --- telling --------------------------------------------------------------------------------
     def tell(self, kind: str, **data: Any) -> None:
@@ -581,38 +535,36 @@ class Player:
 
     def figures(self) -> dict[str, Any]:
         """How it goes, as plain numbers; times in milliseconds."""
-        session, pacer = self._session, self.pacer
         return {
-            "block": 0 if session is None else session.block,
-            "oldest": 0 if session is None else session.now.reach,
+            "block": self.block,
+            "oldest": self.oldest,
             "paused": self.paused,
-            "ahead": self.ahead,
+            "ahead": max(0, self.block - 1 - self._seen),
             "share": self.share,
-            "cache_bytes": 0 if session is None else cache_bytes(session),
-            "pictures": pacer.pictures,
-            "late": pacer.late,
-            "dropped": pacer.dropped,
+            "cache_bytes": self.cache_bytes,
+            "pictures": self.pacer.pictures,
+            "late": self.pacer.late,
+            "dropped": self.pacer.dropped,
             "p99": 1e3 * self.expected(0.99),
             "latency": self.latency.figures(),
             **asdict(self.counts),
         }
 
     def _tell_state(self) -> None:
-        session = self._session
-        if session is None:
-            return
         self.tell(
             "state",
             paused=self.paused,
-            seed=self.seed,
+            seed=self.course.seed,
             run=self._run,
-            block=session.block,
-            oldest=session.now.reach,
-            prompt=session.prompt,
+            block=self.block,
+            oldest=self.oldest,
+            behind=len(self.course.behind),
+            replaying=self.course.replaying,
+            prompt=self.asked,
             recording=self.recording is not None and self.recording.on,
             branches=[
                 {"number": branch.number, "block": branch.block, "prompt": branch.prompt}
-                for branch in self._branches.values()
+                for branch in self.course.branches.values()
             ],
         )
 
@@ -621,9 +573,3 @@ def _differ(a: ControlState, b: ControlState) -> bool:
     """Whether a newer control asks for anything else."""
     moved = any(b.look) or b.scroll or b.prompt is not None
     return bool(moved) or a.buttons != b.buttons or a.move != b.move
-
-
-def cache_bytes(session: Session) -> int:
-    """Bytes of the pages that a session's context holds now."""
-    pool = session.context.pool
-    return sum(pool.page_nbytes(pool.kind(entry.page)) for entry in session.context.table)

@@ -9,7 +9,7 @@ leaves behind is good up to its last complete block.
 import base64
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,6 +150,25 @@ class Run:
             raise ValueError(f"there is no branch {branch}: this recording has {sorted(ways)}")
         return ways[branch]
 
+    def straight(self, branch: int = 0) -> "Run":
+        """Only the blocks that led to the end of a branch, without forks and rewinds.
+
+        Raises:
+            ValueError: for a branch that it does not have.
+        """
+        made = [line for line in self.lines if "block" in line]
+        way = [
+            {name: value for name, value in made[number].items() if name != "branch"}
+            for number in self.way(branch)
+        ]
+        return Run(self.head, tuple(way))
+
+    @property
+    def newest(self) -> int:
+        """The branch that the last block was made on."""
+        made = [line.get("branch", 0) for line in self.lines if "block" in line]
+        return made[-1] if made else 0
+
     @property
     def dtype(self) -> str:
         """In which it was made."""
@@ -202,12 +221,14 @@ class Replay:
         world: on which.
         verify: compare every block's hash.
         told: ways in which this world is not the recorded one.
+        sessions: that it is made on, by branch; closed when it ends.
     """
 
     world: "World"
     run: Run
     verify: bool = True
     told: list[str] = field(default_factory=list)
+    sessions: dict[int, "Session"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         head, world = self.run.head, self.world
@@ -222,15 +243,22 @@ class Replay:
         if head.get("torch") != torch.__version__:
             self.told.append(f"it was made by torch {head.get('torch')}, not {torch.__version__}")
 
-    def __iter__(self) -> Iterator[tuple[int, Block]]:
+    def open(self, history: int = HISTORY) -> "Session":
+        """A session as the recorded one was when it began; the replay goes on in it."""
+        first = self.world.ask(self.settings, self.run.head["prompt"])
+        self.sessions[0] = self.world.open(self.settings, first, history)
+        return self.sessions[0]
+
+    def __iter__(self) -> Generator[tuple[int, Block], None, None]:
         """Each block with its branch, decoded, in the order in which they were made.
 
         Raises:
             Differs: at the first block whose hash is another one.
             ValueError: for a line that cannot be followed.
         """
-        first = self.world.ask(self.settings, self.run.head["prompt"])
-        branches = {0: self.world.open(self.settings, first, HISTORY)}
+        branches = self.sessions
+        if not branches:
+            self.open()
         try:
             for number, line in enumerate(self.run.lines, 2):
                 try:
@@ -242,8 +270,8 @@ class Replay:
                 if block is not None:
                     yield branch, block
         finally:
-            for session in branches.values():
-                session.close()
+            while branches:
+                branches.popitem()[1].close()
 
     def _follow(
         self, branches: dict[int, "Session"], branch: int, line: Mapping[str, Any]
