@@ -218,7 +218,10 @@ def fuzz_play(
     run(messages, PlayOptions(Setting(world)), seed)
 
 
-@app.command(epilog="Examples:  worldsim bench --json bench.json  ·  worldsim bench --model medium")
+@app.command(
+    epilog="Examples:  worldsim bench --json bench.json  ·  worldsim bench --model medium"
+    "  ·  worldsim bench --play"
+)
 def bench(
     model: Annotated[
         str,
@@ -234,14 +237,31 @@ def bench(
     device: Device = "cpu",
     compile: Compile = False,
     threads: Threads = None,
+    play: Annotated[
+        bool,
+        typer.Option(
+            "--play",
+            help="Measure `worldsim play` in headless Chromium instead: from a key to the picture "
+            "that shows it, as many keys as --blocks.",
+        ),
+    ] = False,
     json: Json = None,
 ) -> None:
     """Time a world by part, beside its matrix products alone; speed, first frame, memory."""
     with _loading():
-        from worldsim.apps.bench import BenchOptions, run
         from worldsim.apps.setting import Setting
 
     setting = Setting(model, steps, cache, schedule, dtype)
+    if play:
+        from worldsim.apps.bench_play import BenchPlayOptions
+        from worldsim.apps.bench_play import run as run_play
+        from worldsim.apps.play import PlayOptions
+
+        options = PlayOptions(setting, device=device, threads=threads)
+        run_play(BenchPlayOptions(options, blocks, json))
+        return
+    from worldsim.apps.bench import BenchOptions, run
+
     run(BenchOptions(setting, blocks, device, threads, json, compile=compile))
 
 

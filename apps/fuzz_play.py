@@ -23,6 +23,7 @@ from worldsim.apps.wire import HEADER
 from worldsim.world import World
 
 AT_ONCE = (1, 1, 2, 3, 10, 50)  # messages of one connection
+EARLY = 0.1  # of all connections talk before they are let in
 GROWTH = 64 * 2**20  # bytes: what a process may take more at the end than after its first tenth
 PATIENCE = 30.0
 
@@ -115,12 +116,15 @@ def fuzz(world: World, options: PlayOptions, count: int, seed: int = 0) -> dict[
             time.sleep(0.01)
         while sent < count:
             with suppress(ConnectionClosed, TimeoutError), _opened(url) as socket:
+                early = draw.random() < EARLY
+                if not early:
+                    _until(socket, "hello")
                 for _ in range(min(count - sent, draw.choice(AT_ONCE))):
                     sent += 1
                     socket.send(message(draw))
-                socket.send(json.dumps({"type": "control", "id": 9, "t": 1, "buttons": []}))
-                while json_type(socket.recv(timeout=PATIENCE)) != "receipt":
-                    pass
+                if not early:
+                    socket.send(json.dumps({"type": "control", "id": 9, "t": 1, "buttons": []}))
+                    _until(socket, "receipt")
                 answered += 1
                 continue
             refused += 1
@@ -149,10 +153,6 @@ def run(count: int, options: PlayOptions, seed: int) -> None:
         raise SystemExit("worldsim: something was harmed")
 
 
-def json_type(got: str | bytes) -> str:
-    return "" if isinstance(got, bytes) else str(json.loads(got)["type"])
-
-
 def resident() -> int:
     """Bytes of this process that are in memory; 0 where the system does not say."""
     with suppress(OSError):
@@ -162,6 +162,16 @@ def resident() -> int:
 
 def _opened(url: str) -> ClientConnection:
     return connect(f"{url}/worldsim/ws", open_timeout=PATIENCE, close_timeout=1)
+
+
+def _until(socket: ClientConnection, kind: str) -> None:
+    """Read until a message of this kind comes."""
+    until = time.perf_counter() + PATIENCE
+    while time.perf_counter() < until:
+        got = socket.recv(timeout=PATIENCE)
+        if isinstance(got, str) and json.loads(got)["type"] == kind:
+            return
+    raise TimeoutError(f"no {kind}")
 
 
 def _left(room: Room) -> tuple[int, int]:

@@ -307,6 +307,11 @@ class Player:
         self.course.close()
         self.closed = True
 
+    @property
+    def kind(self) -> int:
+        """Of its pictures, see `pictures`."""
+        return self._encode.kind
+
     def expected(self, share: float) -> float:
         """Seconds in which that share of all blocks was ready, from when it was wanted."""
         return quantile(self._took, share)
