@@ -2,6 +2,7 @@
 
 import torch
 
+from worldsim.share import Share
 from worldsim.world import World
 
 SHOWN_LINES = 256
@@ -33,3 +34,23 @@ def open_world(name: str, dtype: str, device: str, threads: int | None) -> World
 def shown_scale(world: World) -> int:
     """How often to repeat the pixels of a small world, so that people can see it."""
     return max(1, SHOWN_LINES // world.config.height)
+
+
+def open_share(name: str, dtype: str, device: str, preset: str | None, share: Share) -> World:
+    """The same of what one of several ranks needs; on GPUs each rank has one of its own."""
+    if device == "cuda":
+        device = f"cuda:{share.rank % max(1, torch.cuda.device_count())}"
+    kind = DTYPES.get(dtype, "auto")
+    if name in MADE:
+        from worldsim.apps import medium
+
+        return part_of(medium.random_world(medium.MADE[name], kind, device), share)
+    return World.from_pretrained(name, kind, device, preset, share=share)
+
+
+def part_of(world: World, share: Share) -> World:
+    """A world that is there whole, without what a rank does not need."""
+    if share.layers is not None:
+        world.transformer.keep_layers(share.layers)
+    decoder = world.autoencoder if share.decodes else None
+    return World(world.config, world.transformer, decoder, world.text_encoder)

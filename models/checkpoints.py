@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worldsim.models.transformer import CausalWanTransformer3DModel
-from worldsim.models.weights import CONFIG, WEIGHTS, cast, check_fit
+from worldsim.models.weights import CONFIG, WEIGHTS, cast, check_fit, only_layers
 
 INDEX = f"{WEIGHTS}.index.json"  # of a sharded folder
 PLAIN, OURS = "WanTransformer3DModel", CausalWanTransformer3DModel.__name__
@@ -122,13 +122,14 @@ def load_generator(
 
 
 def load_transformer(
-    folder: str | Path, dtype: torch.dtype = torch.float32
+    folder: str | Path, dtype: torch.dtype = torch.float32, layers: range | None = None
 ) -> CausalWanTransformer3DModel:
     """A model from a diffusers folder, ours or plain Wan2.1, in one file or in shards.
 
     Args:
         folder: with ``config.json`` and the weights.
         dtype: of the weights, but for those that stay float32 (see `worldsim.models.weights.cast`).
+        layers: only these are read.
 
     Raises:
         ValueError: a file is missing or damaged, or holds another model; tensors are missing, too
@@ -145,6 +146,8 @@ def load_transformer(
             raise ValueError(f"{file} holds {twice[0]}, which another file of {folder} holds, too")
         tensors |= shard
     _check_kind(tensors, folder)
+    if layers is not None:
+        config, tensors = only_layers(config, tensors, layers)
     return _model(config, tensors, folder, dtype)
 
 

@@ -338,11 +338,38 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             flow ``[R, C, F, H, W]``.
         """
         x, e, m, context = self._embed(latents, timestep, conditioning, contexts)
+        return self.flow(self.through(x, m, conditioning, context, stage), e, latents)
+
+    # The parts of `forward`, for ranks that have some of the layers each.
+    def modulation(self, timestep: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Embedding ``[R, F, D]`` and modulation ``[R, F, 6, D]`` of levels and actions."""
+        return self.condition_embedder(timestep, conditioning.actions)
+
+    def tokens(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the first layer takes, ``[R, N, D]``."""
+        x = self._patchify(latents)
+        if self.ray_embedder is not None and conditioning.rays is not None:
+            x = x + self._rays(conditioning.rays, latents)
+        return x
+
+    def through(
+        self, x: Tensor, m: Tensor, conditioning: Conditioning, context: Attends, stage: bool
+    ) -> Tensor:
+        """All layers that are here: ``[R, N, D] → [R, N, D]``."""
         for index, layer in enumerate(self.layers):
             x = layer(x, m, index, conditioning.text(index), context, stage)
+        return x
+
+    def flow(self, x: Tensor, e: Tensor, latents: Tensor) -> Tensor:
+        """What the last layer gives, as a flow of the shape of ``latents``."""
         shift, scale = (self.scale_shift_table + e[:, :, None]).unbind(2)
         x = self.proj_out(modulated_norm(x, shift, scale, self.config.eps))
         return self._unpatchify(x, latents)
+
+    def keep_layers(self, layers: range) -> None:
+        """Drop all layers but these; they are numbered anew."""
+        self.blocks = nn.ModuleList(self.blocks[index] for index in layers)
+        self.register_to_config(num_layers=len(layers))
 
     def commit(
         self,
@@ -372,11 +399,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         contexts: Attends | Sequence[Attends],
     ) -> tuple[Tensor, Tensor, Tensor, Attends]:
         context = Rows(contexts) if isinstance(contexts, Sequence) else contexts
-        e, m = self.condition_embedder(timestep, conditioning.actions)
-        x = self._patchify(latents)
-        if self.ray_embedder is not None and conditioning.rays is not None:
-            x = x + self._rays(conditioning.rays, latents)
-        return x, e, m, context
+        e, m = self.modulation(timestep, conditioning)
+        return self.tokens(latents, conditioning), e, m, context
 
     def _rays(self, rays: Tensor, latents: Tensor) -> Tensor:
         """``[R, F, w, ray_dim] → [R, N, D]``: every token of a column looks along one ray."""

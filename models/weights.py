@@ -13,10 +13,18 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+def load_model(
+    kind: type[Model],
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    layers: range | None = None,
+) -> Model:
     """A model from a diffusers folder (``config.json`` and one safetensors file).
 
     Unlike a plain `from_pretrained` it refuses what does not fit.
+
+    Args:
+        layers: of a transformer, only these are read, see `only_layers`.
 
     Raises:
         ValueError: a file is missing, truncated, of another model, or has NaN in it.
@@ -31,6 +39,8 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); fetch it again") from None
+    if layers is not None:
+        config, tensors = only_layers(config, tensors, layers)
     try:
         model = kind.from_config(config)  # type: ignore[attr-defined]
     except TypeError as error:
@@ -64,6 +74,21 @@ def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) 
     found = [f"{kind}: {_first(names)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(found)}")
+
+
+def only_layers(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], layers: range
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A transformer's config and weights with these layers alone, numbered from 0. Files are mapped
+    into memory, so what is left out here is never read."""
+    kept = {}
+    for name, tensor in tensors.items():
+        head, number, rest = ([*name.split(".", 2), "", ""])[:3]
+        if head != "blocks":
+            kept[name] = tensor
+        elif int(number) in layers:
+            kept[f"blocks.{int(number) - layers.start}.{rest}"] = tensor
+    return {**config, "num_layers": len(layers)}, kept
 
 
 def cast(model: Model, dtype: torch.dtype) -> Model:

@@ -21,6 +21,7 @@ from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.weights import load_model
 from worldsim.models.words import TextEncoder, WordEncoder
 from worldsim.presets import preset_config
+from worldsim.share import WHOLE, Share
 
 TRANSFORMER, DECODER, TEXT = "transformer", "vae", "text_encoder"
 TOKENIZER, SCHEDULER = "tokenizer", "scheduler"
@@ -32,29 +33,35 @@ Models = tuple[WorldConfig, CausalWanTransformer3DModel, Decoder | None, TextEnc
 
 
 def read_folder(
-    folder: Path, dtype: torch.dtype, preset: str | None = None, tiny: Path | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    preset: str | None = None,
+    tiny: Path | None = None,
+    share: Share = WHOLE,
 ) -> Models:
     """Everything that a `World` is made of.
 
     Args:
         preset: how to run a folder that does not say so itself; what it says itself wins.
         tiny: see `read_decoder`.
+        share: what is needed of it.
 
     Raises:
         ValueError: what is missing, damaged, or does not fit.
     """
     config = config_of(folder, preset)
-    transformer = _transformer(folder / TRANSFORMER, dtype)
+    transformer = _transformer(folder / TRANSFORMER, dtype, share.layers)
     # A generator may be alone; a world that moves is for people, and incomplete without.
     has = {
         name: transformer.config.action_dim > 0 or (folder / name).is_dir()
-        for name in (DECODER, TEXT)
+        for name, needed in ((DECODER, share.decodes), (TEXT, share.reads))
+        if needed
     }
     return (
         config,
         transformer,
-        read_decoder(folder if has[DECODER] else None, dtype, tiny),
-        read_text_encoder(folder, dtype, config.text_length) if has[TEXT] else None,
+        read_decoder(folder if has.get(DECODER) else None, dtype, tiny if share.decodes else None),
+        read_text_encoder(folder, dtype, config.text_length) if has.get(TEXT) else None,
     )
 
 
@@ -149,12 +156,14 @@ def _tokenizer_class(path: Path) -> str:
     return said.get("tokenizer_class") or "T5TokenizerFast"
 
 
-def _transformer(folder: Path, dtype: torch.dtype) -> CausalWanTransformer3DModel:
+def _transformer(
+    folder: Path, dtype: torch.dtype, layers: range | None
+) -> CausalWanTransformer3DModel:
     if class_of(folder) in (WAN_TRANSFORMER, CausalWanTransformer3DModel.__name__):
         from worldsim.models.checkpoints import load_transformer
 
-        return load_transformer(folder, dtype)
-    return load_model(CausalWanTransformer3DModel, folder, dtype)
+        return load_transformer(folder, dtype, layers)
+    return load_model(CausalWanTransformer3DModel, folder, dtype, layers)
 
 
 def config_of(folder: Path, preset: str | None) -> WorldConfig:

@@ -20,6 +20,7 @@ from worldsim.models.weights import cast
 from worldsim.models.words import TextEncoder
 from worldsim.quantize import check_quantization, is_quantized, quantize
 from worldsim.rollout import compiled
+from worldsim.share import WHOLE, Share
 
 L = TypeVar("L", bound="Loaded")
 
@@ -61,6 +62,7 @@ class Loaded:
         preset: str | None = None,
         decoder: str | Path | None = None,
         quantization_config: Any = None,
+        share: Share = WHOLE,
     ) -> L:
         """Load the bundled world (``"maze"``), a world folder, a diffusers folder of the Wan2.1
         family, or a hub id of either.
@@ -73,6 +75,7 @@ class Loaded:
             decoder: a tiny decoder's file (``taew2_1.pth``) in place of the folder's autoencoder.
             quantization_config: quantise the transformer's linears by it, see
                 `worldsim.quantize.check_quantization`.
+            share: what one of several ranks needs of it; the rest is not read.
 
         Raises:
             ValueError: an unknown name, an incomplete folder, damaged weights.
@@ -84,7 +87,7 @@ class Loaded:
         dtype = auto_dtype(place) if torch_dtype == "auto" else torch_dtype
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"torch_dtype must be a torch dtype or 'auto', got {torch_dtype!r}")
-        world = cls(*read_folder(folder, dtype, preset, _path(decoder)))
+        world = cls(*read_folder(folder, dtype, preset, _path(decoder), share))
         world.source = str(source)
         return world._placed(place, quantization_config)
 

@@ -4,7 +4,7 @@ What a session goes on from is a `worldsim.state.Snapshot`: its moment, its page
 decoder remembers. Noise is a function of (seed, block, step), so this is everything.
 """
 
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +74,7 @@ class Session:
         self._going = Flag()
         self._going.set()
         self._pending: Made | None = None  # its context pass has not run yet
+        self.on_cell: Callable[[Cell], None] | None = None  # sees each cell that has run
         pool, frames = world.pool_of(settings.size), world.config.block_frames
         by_head = world.device.type == "cpu" and world.forward is world.transformer
         self._lanes = Lanes(pool, settings, frames, world.actions.camera, lanes, by_head)
@@ -264,6 +265,7 @@ class Session:
             noisy: dict[int, Tensor] = {}
             for cell in self.cells():
                 denoise(self.world.forward, cell, making, self.lanes)
+                self._ran(cell)
                 noisy[cell.level + 1] = making.x
         block = Block(self.block, self.frame, making.x, applied, timings=timings)
         self.accept(block, making, noisy, known)
@@ -456,6 +458,7 @@ class Session:
                 self.world.commit, cell, latents, made.conditioning, self.lanes, block.start,
                 made.poses,
             )  # fmt: skip
+            self._ran(cell)
         staged = [cell for cell in cells if cell.publishes in self._lanes]
         publish((*staged, *here), self.lanes, only)
 
@@ -654,6 +657,10 @@ class Session:
             self.asked, self.world.config.actions, applied.controls, start, columns,
             self.settings.rows, self.world.device,
         )  # fmt: skip
+
+    def _ran(self, cell: Cell) -> None:
+        if self.on_cell is not None:
+            self.on_cell(cell)
 
     def _fresh(self, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
         if self._noise is None:

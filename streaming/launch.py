@@ -1,0 +1,280 @@
+"""A run over ranks, seen from outside: start them, take their blocks, notice what goes wrong.
+
+The process that starts the ranks is none of them: it holds the store where they meet and takes the
+finished blocks, so what was made is delivered whichever rank dies. The store listens on a port that
+the system chooses, so none can be taken. Under torchrun there is no such process: see
+`worldsim.streaming.torchrun`.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from pickle import UnpicklingError
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # as torch.distributed has them
+
+from worldsim.share import Share
+from worldsim.state import Block
+from worldsim.streaming.faults import (
+    GRACE,
+    Beat,
+    Failure,
+    PeerLost,
+    RankFailed,
+    Watch,
+    end_process,
+)
+from worldsim.streaming.pipeline import prefetch
+from worldsim.streaming.ranks import Rank, Run
+
+HOST = "127.0.0.1"
+LOOK = 0.1  # seconds between two looks at the ranks
+PATIENCE = timedelta(minutes=30)  # for whatever takes long without anything being wrong
+STOPPING = 10.0  # seconds in which ranks that were told to stop may finish their blocks
+PRELOAD = ["worldsim.streaming.launch"]
+SAFE = "PYTHONSAFEPATH"
+
+
+class Ranks:
+    """A run over processes of this machine.
+
+    Attributes:
+        ran: of each rank that has ended well, the cells that it ran, where the run keeps a log.
+        messages: of each such rank, how many it sent and received.
+    """
+
+    def __init__(self, run: Run, shares: list[Share], threads: int = 1) -> None:
+        self.run = run
+        self.ran: dict[int, list[tuple[str, int, int]]] = {}
+        self.messages: dict[int, tuple[int, int]] = {}
+        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        self._watch = Watch(self._store, run.ranks)
+        self._failure: Failure | None = None
+        self._over = Event()
+        context = _context()
+        self._results: list[Connection] = []
+        self._orders: Connection
+        self._processes = []
+        try:
+            for share in shares:
+                here, there = context.Pipe(duplex=False)
+                heard, said = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_work,
+                    args=(run, share, self._store.port, there, heard, threads),
+                    name=f"worldsim-rank-{share.rank}",
+                    daemon=True,
+                )
+                process.start()
+                there.close()
+                heard.close()
+                self._results.append(here)
+                self._processes.append(process)
+                if share.rank == 0:
+                    self._orders = said
+                else:
+                    said.close()
+        except BaseException:
+            self._end()
+            raise
+        self._thread = Thread(target=self._look, name="worldsim-watch", daemon=True)
+        self._thread.start()
+
+    @property
+    def pids(self) -> list[int | None]:
+        """Of each rank's process."""
+        return [process.pid for process in self._processes]
+
+    def blocks(self) -> Iterator[Block]:
+        """Finished blocks, in order.
+
+        Raises:
+            RankFailed: one line, after the last block that was delivered.
+        """
+        open_ = dict(enumerate(self._results))
+        while open_:
+            ready = wait(list(open_.values()), LOOK)
+            for rank in [rank for rank, result in open_.items() if result in ready]:
+                try:
+                    kind, value = open_[rank].recv()
+                except (EOFError, OSError, UnpicklingError):
+                    del open_[rank]
+                    continue
+                if kind == "block":
+                    yield _unpacked(value)
+                else:
+                    self.ran[rank], self.messages[rank] = value
+        self._over.wait()
+        if self._failure is not None:
+            raise RankFailed(str(self._failure))
+
+    def tell(self, name: str, **arguments: Any) -> None:
+        """Do something to the first rank's session before its next block: ``control``, ``cut``,
+        ``flush`` or ``reset``."""
+        if name not in ("control", "cut", "flush", "reset", "stop"):
+            raise ValueError(f"ranks know no {name!r}")
+        with contextlib.suppress(OSError):  # gone: `blocks` tells why
+            self._orders.send((name, arguments))
+
+    def stop(self) -> None:
+        """Have no more blocks begun; those in the making still come."""
+        self.tell("stop")
+
+    def close(self) -> None:
+        """End all ranks: well if they can, and for sure."""
+        if not self._over.is_set():
+            self.stop()
+            until = time.monotonic() + STOPPING
+            with contextlib.suppress(RankFailed):
+                for _ in self.blocks():  # nobody can finish who cannot deliver
+                    if time.monotonic() > until:
+                        break
+        self._end()
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def _look(self) -> None:
+        """On a thread of its own: notice the first thing that goes wrong, and end everybody."""
+        while True:
+            sentinels = {p.sentinel: rank for rank, p in enumerate(self._processes)}
+            alive = [p.sentinel for p in self._processes if p.exitcode is None]
+            if not alive:
+                break
+            wait(alive, LOOK)
+            dead = [rank for rank in sentinels.values() if self._processes[rank].exitcode]
+            silent = self._watch.listen()
+            if dead or silent is not None:
+                self._failure = self._blame(dead, silent)
+                break
+        if self._failure is None:
+            codes = [process.exitcode for process in self._processes]
+            dead = [rank for rank, code in enumerate(codes) if code]
+            self._failure = self._blame(dead, None) if dead else None
+        for process in self._processes:
+            if process.exitcode is None and self._failure is not None:
+                process.kill()
+            process.join()
+        self._over.set()
+
+    def _blame(self, dead: list[int], silent: int | None) -> Failure:
+        if silent is not None and not dead:
+            return self._watch.silent(silent)
+        time.sleep(GRACE)
+        codes = {rank: process.exitcode for rank, process in enumerate(self._processes)}
+        killed = [rank for rank, code in codes.items() if code is not None and code < 0]
+        if killed:
+            return self._watch.died(killed[0], codes[killed[0]])
+        said = self._watch.said()
+        return said if said is not None else self._watch.died(dead[0], codes[dead[0]])
+
+    def _end(self) -> None:
+        for process in self._processes:
+            if process.exitcode is None:
+                process.kill()
+        for process in self._processes:
+            process.join()
+        if hasattr(self, "_thread"):
+            self._thread.join()
+        for connection in (*self._results, *([self._orders] if self._processes else [])):
+            connection.close()
+
+
+def _context() -> Any:
+    """How processes are started: from one that has loaded everything already, and has touched no
+    device and started no thread."""
+    if sys.version_info < (3, 11):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    # Else it would look for modules in the working directory first, where others of the same name
+    # may lie: in the root of this repository, say.
+    before = os.environ.get(SAFE)
+    os.environ[SAFE] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ[SAFE]
+    return context
+
+
+# --- in a rank's process ----------------------------------------------------------------------
+def _work(
+    run: Run, share: Share, port: int, results: Connection, heard: Connection, threads: int
+) -> None:
+    """What a rank's process does, from its start to its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+    store, own = (TCPStore(HOST, port, wait_for_workers=False, timeout=PATIENCE) for _ in range(2))
+    beat = Beat(own, share.rank, end_process)
+    try:
+        dist.init_process_group(
+            run.backend if run.backend != "nccl" else "cpu:gloo,cuda:nccl",
+            store=PrefixStore("group", store), rank=share.rank, world_size=share.ranks,
+            timeout=PATIENCE,
+        )  # fmt: skip
+        rank = Rank(run, share, store, beat, heard if share.rank == 0 else None)
+        for block in finished(rank):
+            results.send(("block", _packed(block)))
+        results.send(("ran", (rank.ran, rank.messages)))
+        dist.barrier()
+    except PeerLost as error:
+        beat.fail(store, f"lost touch ({error})", peer=True)
+        end_process()
+    except (BrokenPipeError, ConnectionResetError):
+        end_process()  # whoever started it is gone
+    except BaseException as error:
+        beat.fail(store, why(error))
+        end_process()
+    beat.done(store)
+    results.close()
+    sys.stdout.flush()
+    os._exit(0)  # at once: nothing is left to do that could hang
+
+
+def finished(rank: Rank) -> Iterator[Block]:
+    """A rank's blocks, decoded if it decodes, and none on ranks that only pass them on."""
+    if not rank.share.last:
+        for _ in rank.blocks():
+            pass
+        return
+    with contextlib.closing(prefetch(rank.blocks())) as ahead:  # decoding overlaps its own steps
+        for order, block in ahead:
+            yield rank.finish(order, block)
+
+
+def why(error: BaseException) -> str:
+    """An error in one line."""
+    said = str(error).strip().partition("\n")[0]
+    if isinstance(error, MemoryError) or "out of memory" in said or "DefaultCPUAllocator" in said:
+        return f"ran out of memory ({said or 'MemoryError'})"
+    return f"failed ({said or type(error).__name__})"
+
+
+def _packed(block: Block) -> dict[str, Any]:
+    return {
+        "index": block.index, "start": block.start, "latents": block.latents.cpu().numpy(),
+        "applied": block.applied, "frames": block.frames, "timings": block.timings,
+    }  # fmt: skip
+
+
+def _unpacked(told: dict[str, Any]) -> Block:
+    latents: np.ndarray[Any, Any] = told.pop("latents")
+    return Block(latents=torch.from_numpy(latents), **told)
