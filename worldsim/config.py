@@ -29,7 +29,8 @@ class WorldConfig:
         shift: timestep shift of the noise levels.
         grid: what a step means, see `Schedule`; ``unipc`` always takes ``solver``.
         sampler: ``renoise``, ``euler`` or ``unipc``, see `worldsim.samplers`.
-        context_timestep: timestep of the context pass.
+        context_timestep: timestep of the context pass of a block that was made; one that was given
+            is always told as clean (0).
         cache: one line, see `CacheConfig.parse`.
         actions: its controls, or None.
         prompt, controls: what it shows when nothing is asked for; the script is repeated.

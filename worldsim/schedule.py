@@ -57,7 +57,7 @@ class Schedule:
         steps: indices into a 1000-step training schedule, descending, for example
             ``(1000, 750, 500, 250)``; blocks beyond ``first_steps`` use this list.
         shift: timestep shift of the table.
-        context_timestep: timestep of the context pass.
+        context_timestep: timestep of the context pass of a block that was made.
         first_steps: step lists of the first blocks, where they differ.
         grid: what a step means. ``warped``: an entry of the shifted table (Self-Forcing's
             ``warp_denoising_step``). ``plain``: the timestep itself, whose σ is the table's nearest
@@ -193,8 +193,9 @@ class Schedule:
         return Cell("commit", block, CLEAN, self.context_timestep, 0.0, publishes=CLEAN)
 
     def given_cells(self, block: int) -> tuple[Cell, ...]:
-        """The context passes of a block that is given, not made: it is clean in every lane."""
-        clean = self.commit_cell(block)
+        """The context passes of a block that is given, not made: it is clean in every lane, and
+        told as clean, whatever the `context_timestep` of those that are made."""
+        clean = replace(self.commit_cell(block), timestep=0.0)
         return tuple(replace(clean, reads=lane, publishes=lane) for lane in self.lanes)
 
     def _lane(self, level: int, count: int) -> int:

@@ -220,6 +220,7 @@ class World(Loaded):
         sink: int | None = None,
         positions: str | None = None,
         independent_first_frame: bool | None = None,
+        context_noise: float | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         noise: Noise | None = None,
@@ -239,6 +240,7 @@ class World(Loaded):
             window, sink, positions: the same as ``cache`` says in one line; ``window`` counts the
                 sink and the block itself, as the field does, and None keeps everything.
             independent_first_frame: the first latent frame is a block of its own.
+            context_noise: timestep of the context pass, see `WorldConfig.context_timestep`.
             prompt_embeds, negative_prompt_embeds: rows of a text encoder ``[1, T, text_dim]``, in
                 place of a prompt.
             noise: ``noise(block, step, shape)`` in place of the seed's: step 0 is what a block is
@@ -266,8 +268,9 @@ class World(Loaded):
             left_over = given.shape[2] % self.config.block_frames
             independent_first_frame = True if left_over == 1 else None
         settings = self.settings(
-            seed, steps, cache, schedule, guidance, negative_prompt, size, independent_first_frame
-        )
+            seed, steps, cache, schedule, guidance, negative_prompt, size, independent_first_frame,
+            context_noise,
+        )  # fmt: skip
         unwanted = (negative_prompt, negative_prompt_embeds)
         if settings.rows == 1 and unwanted != (None, None):
             raise ValueError(
@@ -365,10 +368,13 @@ class World(Loaded):
         negative_prompt: str | None = None,
         size: tuple[int, int] | None = None,
         independent_first_frame: bool | None = None,
+        context_noise: float | None = None,
     ) -> Settings:
         """What a session is opened with: the world's own settings, but for what is given."""
         own, alone = self.config, independent_first_frame
         listed, sampler = own.sampling(steps, schedule)
+        if context_noise is not None:
+            listed = replace(listed, context_timestep=float(context_noise))
         kept = self.config.cache_config(cache)
         check_form(kept, self.actions.camera)
         if listed.context == "joint":
