@@ -55,6 +55,11 @@ class PromptEncoder(nn.Module):
         rows = self.model(read.input_ids, read.attention_mask).last_hidden_state
         return rows.masked_fill(read.attention_mask[..., None] == 0, 0)
 
+    def kept_in_float32(self, dtype: torch.dtype) -> tuple[str, ...]:
+        """Modules that are too large for a dtype: transformers leaves them out in float16 alone."""
+        names = getattr(self.model, "_keep_in_fp32_modules", None) or ()
+        return tuple(names) if dtype == torch.float16 else ()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write both beside each other, as `load_prompt_encoder` and diffusers read them."""
         self.model.save_pretrained(Path(folder) / TEXT_ENCODER)

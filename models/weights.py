@@ -92,8 +92,8 @@ def only_layers(
 
 
 def cast(model: Model, dtype: torch.dtype) -> Model:
-    """Cast a model in place, but keep what must stay float32 (as diffusers does on loading)."""
-    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    """Cast a model in place, but keep what must stay float32, as its library does on loading."""
+    keep = _kept_in_float32(model, dtype)
     for name, parameter in model.named_parameters():
         low = dtype.itemsize < 4 and any(part in keep for part in name.split("."))
         parameter.data = parameter.data.to(torch.float32 if low else dtype)
@@ -101,6 +101,13 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(dtype)
     return model
+
+
+def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the modules; diffusers' models have a list, and ours may say it for each dtype."""
+    if (told := getattr(model, "kept_in_float32", None)) is not None:
+        return tuple(told(dtype))
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from worldsim.folder import (
     DECODER,
@@ -96,9 +95,7 @@ def _text_encoder(folder: Path, dtype: torch.dtype, length: int) -> TextEncoder:
 
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**read_config(folder / CONFIG)))
-    # Like transformers, which holds on to float32 in float16 alone.
-    cast(model if dtype == torch.float16 else nn.ModuleList([model]), dtype)
-    return PromptEncoder(None, model, length)
+    return cast(PromptEncoder(None, model, length), dtype)
 
 
 def _empty(kind: type[Any], folder: Path, *also: str) -> Any:
