@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from worldsim.apps.out_of_memory import advice
+from worldsim.streaming.faults import RankFailed
 
 app = typer.Typer(
     add_completion=False,
@@ -100,6 +101,10 @@ def stream(
     record: Annotated[
         Path | None, typer.Option(help="Replay file (.wsrun) of the run, for 'worldsim replay'.")
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(help="Processes that share the work, under --schedule tpp, hiar or ring."),
+    ] = None,
 ) -> None:
     """Walk through a world and write what one sees, as it is made."""
     with _loading():
@@ -110,7 +115,7 @@ def stream(
         StreamOptions(
             out, Setting(world, steps, cache, schedule, dtype), prompt, controls, seconds, seed,
             fps, scale, device, threads, profile, image, guidance, negative_prompt,
-            compile=compile, record=record,
+            compile=compile, record=record, ranks=ranks,
         )
     )  # fmt: skip
 
@@ -496,6 +501,66 @@ def show(
     run(ShowOptions(name, blocks, steps, ranks, out))
 
 
+@schedules.command(
+    epilog="Example:  worldsim schedule simulate tpp --ranks 5 --stage-ms 40 --decode-ms 30 "
+    "--link-gbps 100 --latency-us 20"
+)
+def simulate(
+    name: Annotated[str, typer.Argument(help="As for 'worldsim schedule show'.")],
+    stage_ms: Annotated[float, typer.Option(help="One pass of one block through all layers.")],
+    commit_ms: Annotated[float | None, typer.Option(help="A context pass; default: alike.")] = None,
+    decode_ms: Annotated[float, typer.Option(help="Decoding a block.")] = 0.0,
+    world: WorldName = "maze",
+    steps: Steps = None,
+    cache: Cache = None,
+    ranks: Annotated[int | None, typer.Option(help="Default: one for each step.")] = None,
+    link_gbps: Annotated[float, typer.Option(help="Of a link, Gbit a second.")] = 100.0,
+    latency_us: Annotated[float, typer.Option(help="Of a link.")] = 20.0,
+    message_us: Annotated[float, typer.Option(help="Packing a message, on each side.")] = 300.0,
+    batch: Annotated[
+        float, typer.Option(help="What a further row of a batch costs, of the first one's time.")
+    ] = 1.0,
+) -> None:
+    """Foretell speed, first frame, delay of a control and memory of each rank."""
+    with _loading():
+        from worldsim.apps.schedule_simulate import SimulateOptions, run
+
+    run(
+        SimulateOptions(
+            name, world, stage_ms, commit_ms, decode_ms, steps, ranks, link_gbps, latency_us,
+            message_us, batch, cache,
+        )
+    )  # fmt: skip
+
+
+@schedules.command(
+    "bench",
+    epilog="Examples:  worldsim schedule bench tpp --ranks 2  ·  worldsim schedule bench hiar "
+    "--ranks 4 --sleep-ms 50",
+)
+def bench_ranks(
+    name: Annotated[str, typer.Argument(help="tpp, hiar or ring.")],
+    world: WorldName = "maze",
+    ranks: Annotated[int, typer.Option(help="Processes, of one thread each.")] = 2,
+    steps: Steps = 4,
+    cache: Cache = None,
+    blocks: Annotated[int, typer.Option(help="Blocks to make.")] = 60,
+    dtype: Dtype = "float32",
+    decoding: Annotated[bool, typer.Option(help="Make pictures, too.")] = True,
+    sleep_ms: Annotated[
+        float | None, typer.Option(help="Have each pass sleep so long instead of computing.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Time a schedule over ranks beside the same on one, and compare what they make."""
+    with _loading():
+        from worldsim.apps.schedule_bench import RanksBenchOptions, run
+
+    run(
+        RanksBenchOptions(name, world, ranks, steps, cache, blocks, dtype, decoding, sleep_ms, json)
+    )
+
+
 @contextmanager
 def _loading() -> Iterator[None]:
     """Import without collecting garbage: what torch makes while it loads stays for good, and
@@ -527,5 +592,9 @@ def main() -> None:
             raise
         print(f"worldsim: {line}", file=sys.stderr)
         sys.exit(2)
+    except RankFailed as error:
+        if str(error):  # else another rank has said it
+            print(f"worldsim: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from worldsim.apps import stream_ranks
 from worldsim.apps.length import length
 from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.setting import Setting
@@ -43,6 +44,7 @@ class StreamOptions:
     guidance: float | None = None
     negative_prompt: str | None = None
     compile: bool = False
+    ranks: int | None = None
     record: Path | None = None
 
 
@@ -83,7 +85,11 @@ def run(options: StreamOptions) -> None:
     if options.record is not None:
         check_writable(options.record)
     setting = options.setting
-    world = open_world(setting.world, setting.dtype, options.device, options.threads)
+    ranks = stream_ranks.under_torchrun() or options.ranks or 1
+    if ranks == 1:
+        world = open_world(setting.world, setting.dtype, options.device, options.threads)
+    else:
+        world = stream_ranks.outline(options)
     if world.autoencoder is None:
         raise ValueError(
             f"{setting.world} has no decoder, so there is nothing to see: convert it with --base"
@@ -93,11 +99,13 @@ def run(options: StreamOptions) -> None:
     latents = None if script is None else 1 + len(world.actions.parse(script))
     pictures = length(options.seconds, latents, fps)
     count = world.blocks_for(pictures, None if options.image is None else True)
-    blocks = world.stream(
-        options.prompt, options.controls, options.seed, count, setting.steps, setting.cache,
-        decoding=False, schedule=setting.schedule, guidance=options.guidance,
-        negative_prompt=options.negative_prompt, pictures=options.image, record=options.record,
-    )  # fmt: skip
+    blocks = planned = None
+    if ranks == 1:
+        blocks = _blocks(world, options, count)
+    else:
+        planned = stream_ranks.planned(options, world, ranks, count)
+        if not stream_ranks.delivers(ranks):
+            return stream_ranks.pass_on(*planned)
     # A pipe gets the world's own pixels, a file what people can see.
     scale = options.scale or (1 if options.out == "-" else shown_scale(world))
     sink = open_sink(options.out, fps, scale)
@@ -122,7 +130,12 @@ def run(options: StreamOptions) -> None:
         try:
             with writer:
                 try:
-                    made = overlapped(world, blocks, writer, pictures)
+                    if blocks is not None:
+                        made = overlapped(world, blocks, writer, pictures)
+                    else:
+                        assert planned is not None
+                        threads = options.threads
+                        made = stream_ranks.over_ranks(*planned, writer, pictures, threads)
                     _follow(made, pictures, tally, profile, console)
                 except KeyboardInterrupt:
                     interrupted = True
@@ -132,6 +145,26 @@ def run(options: StreamOptions) -> None:
     _summary(console, world, options, fps, tally, interrupted)
     if profile is not None:
         profile.report(console)
+
+
+def _blocks(world: World, options: StreamOptions, count: int) -> Iterator[Block]:
+    """A stream's blocks on this one device; they are not decoded."""
+    setting = options.setting
+    order = world.config.sampling(setting.steps, setting.schedule)[0].order
+    alone = options.image is None and options.record is None
+    if order == "batch" and alone:
+        from worldsim.streaming.batched import stream
+
+        script = world.script(options.prompt, options.controls)
+        return stream(
+            world, script, count, options.seed, setting.steps, setting.cache, setting.schedule,
+            options.guidance, options.negative_prompt,
+        )  # fmt: skip
+    return world.stream(
+        options.prompt, options.controls, options.seed, count, setting.steps, setting.cache,
+        decoding=False, schedule=setting.schedule, guidance=options.guidance,
+        negative_prompt=options.negative_prompt, pictures=options.image, record=options.record,
+    )  # fmt: skip
 
 
 def _follow(
@@ -153,7 +186,8 @@ def _follow(
             figures = f"{tally.fps:.0f} fps"
             if block.latents.device.type == "cpu":  # elsewhere nobody waits for a part alone
                 for part in ("denoise", "decode"):
-                    figures += f" · {part} {1e3 * block.timings[part]:.1f} ms"
+                    if part in block.timings:  # a rank tells of its own
+                        figures += f" · {part} {1e3 * block.timings[part]:.1f} ms"
             progress.update(task, advance=len(block.frames), figures=figures)
             if profile is not None:
                 profile.after(block.index)
@@ -172,9 +206,11 @@ def _summary(
         return
     seconds = tally.pictures / fps
     dtype = str(world.dtype).removeprefix("torch.")
+    where = f"pages {world.pool.nbytes / 2**20:.1f} MiB"
+    if world.transformer.device.type == "meta":
+        where = "over ranks"
     console.print(
         f"{'stopped: ' if interrupted else ''}{tally.pictures} pictures ({seconds:.1f} s) to "
         f"{options.out} · {tally.fps:.0f} fps · first picture {tally.first:.2f} s after loading · "
-        f"seed {options.seed} · {dtype} · "
-        f"pages {world.pool.nbytes / 2**20:.1f} MiB"
+        f"seed {options.seed} · {dtype} · {where}"
     )

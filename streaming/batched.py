@@ -201,7 +201,9 @@ def stream(
     seed: int = 0,
     steps: int | None = None,
     cache: str | None = None,
-    schedule: str = "batch",
+    schedule: str | None = "batch",
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
 ) -> Iterator[Block]:
     """`World.stream` without its decoding, under a schedule that is batched; everything is checked
     at the call.
@@ -209,7 +211,7 @@ def stream(
     Raises:
         ValueError: for what this world cannot do.
     """
-    settings = world.settings(seed, steps, cache, schedule)
+    settings = world.settings(seed, steps, cache, schedule, guidance, negative_prompt)
     batched = Batched(world, settings, world.ask(settings, script.prompt(0)))
 
     def made() -> Iterator[Block]:

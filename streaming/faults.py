@@ -37,12 +37,22 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank said when it failed; ``peer``: only because of another one."""
+    """What a rank said when it failed.
+
+    Attributes:
+        peer: only because of another one.
+        asked: it was asked for what cannot be, which is nobody's failure.
+    """
 
     rank: int
     block: int
     why: str
     peer: bool = False
+    asked: bool = False
+
+    def error(self) -> Exception:
+        """What to raise."""
+        return ValueError(self.why) if self.asked else RankFailed(str(self))
 
     def __str__(self) -> str:
         return f"rank {self.rank} {self.why} at block {self.block}; the run has ended on every rank"
@@ -75,9 +85,9 @@ class Beat:
                 return
             self._over.wait(BEAT)
 
-    def fail(self, store: Store, why: str, peer: bool = False) -> None:
-        """Say why this rank ends."""
-        said = {"block": self.block, "why": why, "peer": peer}
+    def fail(self, store: Store, why: str, peer: bool = False, asked: bool = False) -> None:
+        """Say why this rank ends; see `Failure`."""
+        said = {"block": self.block, "why": why, "peer": peer, "asked": asked}
         store.set(f"failed/{self._rank}", json.dumps(said))
 
     def done(self, store: Store) -> None:
@@ -133,6 +143,14 @@ class Watch:
         if code is not None and code < 0:
             how = f"was killed ({signal.Signals(-code).name})"
         return Failure(rank, self.block(rank), how)
+
+    def beats(self, rank: int) -> str:
+        """Changes with every beat of a rank."""
+        return self._read(f"beat/{rank}")
+
+    def ended(self, rank: int) -> bool:
+        """Whether a rank said that it ended, for whatever reason."""
+        return bool(self._read(f"done/{rank}") or self._read(f"failed/{rank}"))
 
     def _read(self, key: str) -> str:
         return self._store.get(key).decode() if self._store.check([key]) else ""

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -62,6 +62,7 @@ class Ranks:
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self._watch = Watch(self._store, run.ranks)
         self._failure: Failure | None = None
+        self._stream: Generator[Block, None, None] | None = None
         self._over = Event()
         context = _context()
         self._results: list[Connection] = []
@@ -97,13 +98,23 @@ class Ranks:
         """Of each rank's process."""
         return [process.pid for process in self._processes]
 
-    def blocks(self) -> Iterator[Block]:
-        """Finished blocks, in order.
+    def heard(self, rank: int) -> bool:
+        """Whether a rank has begun to work."""
+        return bool(self._watch.beats(rank))
+
+    def blocks(self) -> Generator[Block, None, None]:
+        """Finished blocks, in order; one stream of them, whoever asks.
 
         Raises:
             RankFailed: one line, after the last block that was delivered.
         """
-        open_ = dict(enumerate(self._results))
+        # On a thread of its own: Ctrl-C may not come in the middle of a message.
+        if self._stream is None:
+            self._stream = prefetch(self._received())
+        return self._stream
+
+    def _received(self) -> Iterator[Block]:
+        open_ = {rank: result for rank, result in enumerate(self._results) if not result.closed}
         while open_:
             ready = wait(list(open_.values()), LOOK)
             for rank in [rank for rank, result in open_.items() if result in ready]:
@@ -118,7 +129,7 @@ class Ranks:
                     self.ran[rank], self.messages[rank] = value
         self._over.wait()
         if self._failure is not None:
-            raise RankFailed(str(self._failure))
+            raise self._failure.error()
 
     def tell(self, name: str, **arguments: Any) -> None:
         """Do something to the first rank's session before its next block: ``control``, ``cut``,
@@ -134,13 +145,14 @@ class Ranks:
 
     def close(self) -> None:
         """End all ranks: well if they can, and for sure."""
-        if not self._over.is_set():
-            self.stop()
-            until = time.monotonic() + STOPPING
-            with contextlib.suppress(RankFailed):
-                for _ in self.blocks():  # nobody can finish who cannot deliver
-                    if time.monotonic() > until:
-                        break
+        self.stop()
+        until = time.monotonic() + STOPPING
+        with contextlib.suppress(RankFailed, ValueError):
+            if self._stream is not None:
+                self._stream.close()
+            for _ in self._received():  # nobody can finish who cannot deliver
+                if time.monotonic() > until:
+                    break
         self._end()
 
     def __enter__(self) -> "Ranks":
@@ -234,12 +246,14 @@ def _work(
         for block in finished(rank):
             results.send(("block", _packed(block)))
         results.send(("ran", (rank.ran, rank.messages)))
-        dist.barrier()
     except PeerLost as error:
         beat.fail(store, f"lost touch ({error})", peer=True)
         end_process()
     except (BrokenPipeError, ConnectionResetError):
         end_process()  # whoever started it is gone
+    except ValueError as error:
+        beat.fail(store, str(error), asked=True)
+        end_process()
     except BaseException as error:
         beat.fail(store, why(error))
         end_process()
@@ -254,6 +268,10 @@ def finished(rank: Rank) -> Iterator[Block]:
     if not rank.share.last:
         for _ in rank.blocks():
             pass
+        return
+    if not rank.run.overlap:
+        for order, block in rank.blocks():
+            yield rank.finish(order, block)
         return
     with contextlib.closing(prefetch(rank.blocks())) as ahead:  # decoding overlaps its own steps
         for order, block in ahead:

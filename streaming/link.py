@@ -30,6 +30,7 @@ class Order:
         epoch: changes of prompt, cuts and the like so far, this block's own counted in.
         played: what it is made under; None: there is none, stop.
         save: after it, every rank writes its state into this folder.
+        begun: when its first step was, as `time.time` has it.
     """
 
     block: int
@@ -37,13 +38,15 @@ class Order:
     epoch: int
     played: Played | None = None
     save: str | None = None
+    begun: float = 0.0
 
     def encode(self) -> bytes:
         """Raises:
         ValueError: for what no header can carry.
         """
         told: dict[str, object] = {
-            "block": self.block, "start": self.start, "epoch": self.epoch, "save": self.save
+            "block": self.block, "start": self.start, "epoch": self.epoch, "save": self.save,
+            "begun": self.begun,
         }  # fmt: skip
         if self.played is not None:
             applied = self.played.applied
@@ -74,7 +77,7 @@ class Order:
             for change in told["changes"]
         )
         played = Played(changes, Held(), applied)
-        return cls(told["block"], told["start"], told["epoch"], played, told["save"])
+        return cls(told["block"], told["start"], told["epoch"], played, told["save"], told["begun"])
 
 
 STOP = Order(-1, -1, -1)

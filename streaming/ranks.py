@@ -6,6 +6,7 @@ block is made under, and its order goes along with the block. A block is sent on
 committed: the context pass of a rank runs while the next rank is denoising.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Run:
         blocks: how many there will be in all; None: until it is stopped.
         backend: of torch.distributed.
         decoding: make pictures; else there are latents only.
+        overlap: where the last rank has steps as well, it decodes on a thread of its own.
         rehearse: seconds that each pass sleeps instead of computing; None computes.
         log: note every cell that ran.
         saves: a folder for the ranks' states, one every so many blocks (``every``).
@@ -59,6 +61,7 @@ class Run:
     blocks: int | None = None
     backend: str = "gloo"
     decoding: bool = True
+    overlap: bool = True
     rehearse: float | None = None
     log: bool = False
     saves: str | None = None
@@ -94,14 +97,14 @@ class Leader:
             return False, None
         return True, None if self._script is None else session.follow(self._script)
 
-    def order(self, session: Session) -> Order:
-        """Of the block that a session has just made."""
+    def order(self, session: Session, began: float) -> Order:
+        """Of the block that a session has just made, and began at that time."""
         played, run, done = session.now.past[-1], self._run, session.block
         self._epoch += len(played.changes)
         start = session.frame - len(played.applied.controls)
         saves = run.saves is not None and run.every and done % run.every == 0
         folder = str(Path(run.saves or "", f"block-{done:06d}")) if saves else None
-        return Order(done - 1, start, self._epoch, played, folder)
+        return Order(done - 1, start, self._epoch, played, folder, began)
 
 
 class Rank:
@@ -120,8 +123,7 @@ class Rank:
         self.ran: list[tuple[str, int, int]] = []
         self.messages = (0, 0)
         with warnings.catch_warnings():
-            if share.rank:  # what there is to say, the first one says
-                warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # whoever started the run has heard it
             self.world = run.opener(share)
             if run.rehearse is not None:
                 rehearse(self.world, run.rehearse)
@@ -165,6 +167,7 @@ class Rank:
             self._decoding = Decoding(block.index + 1, carry)
         if order.save is not None:
             keep_decoder(order.save, self._decoding)
+        block.timings["flight"] = time.time() - order.begun
         return block
 
     def _made(self) -> Iterator[tuple[Order, Block]]:
@@ -209,8 +212,9 @@ class Rank:
                 going, keys = self._leader.next(session)
                 if not going:
                     break
+                began = time.time()
                 block = session.denoise(keys)
-                order = self._leader.order(session)
+                order = self._leader.order(session, began)
             else:
                 header, flat = link.receive(rank - 1)
                 order = Order.decode(header, self._ask)

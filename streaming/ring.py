@@ -8,6 +8,7 @@ and tick t of rank r follows on tick t of rank r - 1.
 Shapes: S steps, N tokens of a block, D width.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Leads(Protocol):
     """Who decides what is made; see `worldsim.streaming.ranks.Leader`."""
 
     def next(self, session: Session) -> tuple[bool, Sequence[Control] | None]: ...
-    def order(self, session: Session) -> Order: ...
+    def order(self, session: Session, began: float) -> Order: ...
 
 
 @dataclass
@@ -85,6 +86,8 @@ class Ring:
         self._shape = world.latents_of(settings.size, world.config.block_frames)
         self._flights: deque[Flight] = deque()
         self._epoch = 0
+        self._keys: Sequence[Control] | None = None  # of the block that enters
+        self._began = 0.0
 
     @torch.inference_mode()
     def blocks(self, leader: Leads, device: torch.device) -> Iterator[tuple[Order, Block]]:
@@ -122,7 +125,7 @@ class Ring:
             for each in due:
                 self._leave(each)
             if entering is not None and entering.order is None:
-                entering.order = leader.order(self.parts[due[-1].cell.reads])
+                entering.order = leader.order(self.parts[due[-1].cell.reads], self._began)
             for each in due:
                 self._keep(each)
             if rank < ranks - 1:
@@ -141,8 +144,8 @@ class Ring:
     # --- who is where -------------------------------------------------------------------------
     def _entering(self, leader: Leads, tick: int) -> Flight | None:
         session = next(iter(self.parts.values()))
-        going, keys = leader.next(session)
-        self._keys = keys
+        going, self._keys = leader.next(session)
+        self._began = time.time()
         return Flight(tick, session.frame) if going else None
 
     def _arriving(self, hidden: Link, tick: int) -> tuple[Flight | None, Tensor]:

@@ -1,0 +1,151 @@
+"""`worldsim schedule bench`: a schedule over ranks beside its serial form, on this machine."""
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from worldsim.apps.opening import open_share, open_world
+from worldsim.apps.report import machine, print_table, write_json
+from worldsim.fingerprint import digest_of
+from worldsim.models.autoencoder import GROUP
+from worldsim.share import shares
+from worldsim.simulate import Costs, simulate
+from worldsim.state import Block
+from worldsim.streaming.launch import Ranks
+from worldsim.streaming.ranks import Run
+from worldsim.streaming.sinks import check_writable
+from worldsim.wavefront import spread
+
+WARM_UP = 6  # blocks before any is timed
+
+
+@dataclass(frozen=True)
+class RanksBenchOptions:
+    """What the command line was given."""
+
+    name: str
+    world: str
+    ranks: int
+    steps: int | None
+    cache: str | None
+    blocks: int
+    dtype: str
+    decoding: bool
+    sleep_ms: float | None
+    json: Path | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one run: seconds a block once it flows, until the first one, and in flight; hashes of
+    latents."""
+
+    block: float
+    first: float
+    flight: float
+    hashes: tuple[str, ...]
+
+
+def run(options: RanksBenchOptions) -> None:
+    """Measure and print; see `measure`.
+
+    Raises:
+        ValueError: for options that cannot be.
+    """
+    if options.blocks < 3 * WARM_UP:
+        raise ValueError(f"--blocks must be {3 * WARM_UP} or more, got {options.blocks}")
+    if options.json is not None:
+        check_writable(options.json)
+    figures = measure(options)
+    title = f"{options.name}: {options.ranks} ranks of one thread each beside one"
+    print_table(title, ("figure", "value"), [[k, str(v)] for k, v in _rows(figures)])
+    write_json(options.json, figures)
+    if not (figures["same"] and figures["complete"]):
+        raise SystemExit("worldsim: the ranks did not do what the serial form does")
+
+
+def measure(options: RanksBenchOptions) -> dict[str, Any]:
+    """Seconds a block of both, whether they made the same, and what the simulation says of it."""
+    world = open_world(options.world, options.dtype, "cpu", 1)
+    told = {"seed": 0, "steps": options.steps, "cache": options.cache, "schedule": options.name}
+    settings = world.settings(**told)  # type: ignore[arg-type]
+    parts = shares(settings.schedule, world.transformer.config.num_layers, options.ranks)
+    sleep = None if options.sleep_ms is None else options.sleep_ms / 1e3
+    if sleep is not None and settings.schedule.order == "layers":
+        raise ValueError("--sleep-ms is for steps on ranks: tpp and hiar")
+    plain = Run(
+        partial(open_share, options.world, options.dtype, "cpu", None), options.ranks, told,
+        blocks=options.blocks, decoding=options.decoding and sleep is None, overlap=False,
+        rehearse=sleep, log=True,
+    )  # fmt: skip
+    one = _run(replace(plain, ranks=1), shares(settings.schedule, 1, 1))[0]
+    many, ranks = _run(plain, parts)
+    grid = spread(settings.schedule, options.blocks, options.ranks)
+    ran = [cell for rank in range(options.ranks) for cell in ranks.ran[rank]]
+    declared = [
+        (c.name.kind, c.name.block, c.name.level) for c in grid.cells if c.name.kind != "decode"
+    ]
+    figures: dict[str, Any] = {
+        "name": options.name,
+        "world": options.world,
+        "ranks": options.ranks,
+        "steps": len(settings.schedule.steps),
+        "dtype": settings.dtype,
+        "decoding": plain.decoding,
+        "blocks": options.blocks,
+        "block_ms": [1e3 * one.block, 1e3 * many.block],
+        "first_ms": [1e3 * one.first, 1e3 * many.first],
+        "flight_ms": [1e3 * one.flight, 1e3 * many.flight],
+        "fps": [GROUP * world.config.block_frames / x.block for x in (one, many)],
+        "speedup": one.block / many.block,
+        "same": one.hashes == many.hashes,
+        "complete": sorted(ran) == sorted(declared),
+        "machine": machine(),
+    }
+    if sleep is not None:
+        figures["ideal_share"] = grid.period * sleep / many.block
+        commits = settings.schedule.commit_cells(0)
+        said = simulate(grid, Costs(denoise=sleep, commit=sleep if commits else 0.0, message=5e-4))
+        figures["simulated"] = {"block_ms": 1e3 / said.fps, "flight_ms": 1e3 * said.delay}
+    return figures
+
+
+def _run(run: Run, parts: Any) -> tuple[Measured, Ranks]:
+    with Ranks(run, parts) as ranks:
+        return _timed(ranks.blocks()), ranks
+
+
+def _timed(blocks: Iterable[Block]) -> Measured:
+    came, flights, hashes, first = [], [], [], 0.0
+    for block in blocks:
+        came.append(time.perf_counter())
+        first = first or block.timings["flight"]
+        flights.append(block.timings["flight"])
+        hashes.append(digest_of(block.latents))
+    gaps = [b - a for a, b in zip(came[WARM_UP:], came[WARM_UP + 1 :], strict=False)]
+    return Measured(
+        statistics.fmean(gaps), first, statistics.median(flights[WARM_UP:]), tuple(hashes)
+    )
+
+
+def _rows(figures: dict[str, Any]) -> Iterable[tuple[str, object]]:
+    for name, unit in (
+        ("block", "ms a block"),
+        ("first", "ms to the first"),
+        ("flight", "ms in flight"),
+    ):
+        one, many = figures[f"{name}_ms"]
+        yield f"{unit}: one rank → all", f"{one:.1f} → {many:.1f}"
+    yield "pictures a second", " → ".join(f"{fps:.1f}" for fps in figures["fps"])
+    yield "times as fast", f"{figures['speedup']:.2f}"
+    yield "the same latents", "yes" if figures["same"] else "NO"
+    yield "every cell on one rank, once", "yes" if figures["complete"] else "NO"
+    if "ideal_share" in figures:
+        yield "of the ideal", f"{figures['ideal_share']:.1%}"
+        said = figures["simulated"]
+        yield "simulated: ms a block", f"{said['block_ms']:.1f}"
+        yield "simulated: ms in flight", f"{said['flight_ms']:.1f}"

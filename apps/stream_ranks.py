@@ -1,0 +1,126 @@
+"""`worldsim stream --ranks N`, and under torchrun: a stream whose work is shared out."""
+
+import os
+from collections.abc import Generator, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from worldsim.apps.opening import DTYPES, MADE, open_share
+from worldsim.blueprint import world_of_folder
+from worldsim.bundle import auto_dtype, check_device, locate
+from worldsim.share import Share, shares
+from worldsim.state import Block
+from worldsim.streaming.launch import Ranks
+from worldsim.streaming.pipeline import Writer
+from worldsim.streaming.ranks import Run
+from worldsim.world import World
+
+if TYPE_CHECKING:
+    from worldsim.apps.stream import StreamOptions
+
+GLOO, NCCL = "gloo", "nccl"
+
+
+def under_torchrun() -> int | None:
+    """How many ranks torchrun has started, of which this process is one; None without it."""
+    size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+    return None if size is None else int(size)
+
+
+def outline(options: "StreamOptions") -> World:
+    """The world without its weights, to know its sizes and what it can do.
+
+    Raises:
+        ValueError: for a world that is not there.
+    """
+    setting = options.setting
+    place = check_device(options.device)
+    if setting.dtype != "auto" and setting.dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {setting.dtype!r}: choose auto, {', '.join(DTYPES)}")
+    dtype = DTYPES.get(setting.dtype) or auto_dtype(place)
+    if setting.world in MADE:
+        from worldsim.apps import medium
+
+        return medium.random_world(medium.MADE[setting.world], dtype, "cpu")
+    return world_of_folder(locate(setting.world), dtype)
+
+
+def planned(
+    options: "StreamOptions", world: World, ranks: int, blocks: int
+) -> tuple[Run, list[Share]]:
+    """The run that is asked for, and how it is shared out.
+
+    Raises:
+        ValueError: for what cannot be shared out.
+    """
+    for name in ("image", "profile", "record"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} goes with one rank")
+    if options.compile:
+        raise ValueError("--compile goes with one rank")
+    setting = options.setting
+    told = {
+        "seed": options.seed,
+        "steps": setting.steps,
+        "cache": setting.cache,
+        "schedule": setting.schedule,
+        "guidance": options.guidance,
+        "negative_prompt": options.negative_prompt,
+    }
+    schedule = world.settings(**told).schedule  # type: ignore[arg-type]
+    parts = shares(schedule, world.transformer.config.num_layers, ranks)
+    if options.device != "cpu":
+        import torch
+
+        if ranks > torch.cuda.device_count() and under_torchrun() is None:
+            raise ValueError(
+                f"{ranks} ranks want as many GPUs, and there are {torch.cuda.device_count()}"
+            )
+    run = Run(
+        partial(open_share, setting.world, setting.dtype, options.device, None), ranks, told,
+        options.prompt, options.controls, blocks=blocks,
+        backend=GLOO if options.device == "cpu" else NCCL,
+    )  # fmt: skip
+    return run, parts
+
+
+def delivered(
+    blocks: Iterator[Block], writer: Writer, pictures: int
+) -> Generator[Block, None, None]:
+    """Hand blocks that come with their frames to ``writer``, and yield them."""
+    written = 0
+    for block in blocks:
+        block.frames = block.frames[: pictures - written]
+        writer.write(block.frames)
+        written += len(block.frames)
+        yield block
+
+
+def over_ranks(
+    run: Run, parts: list[Share], writer: Writer, pictures: int, threads: int | None
+) -> Generator[Block, None, None]:
+    """A run over processes, block by block: those that torchrun started, or ones of our own.
+
+    Raises:
+        RankFailed: one line, where a rank fails; what was made is written.
+    """
+    if under_torchrun() is not None:
+        from worldsim.streaming.torchrun import joined
+
+        yield from delivered(joined(run, parts), writer, pictures)
+        return
+    with Ranks(run, parts, threads or 1) as ranks:
+        yield from delivered(ranks.blocks(), writer, pictures)
+
+
+def delivers(ranks: int) -> bool:
+    """Whether this process is the one that writes pictures."""
+    return under_torchrun() is None or int(os.environ["RANK"]) == ranks - 1
+
+
+def pass_on(run: Run, parts: list[Share]) -> None:
+    """Under torchrun, the part of a rank that writes nothing."""
+    from worldsim.streaming.torchrun import joined
+
+    for _ in joined(run, parts):
+        pass

@@ -1,0 +1,257 @@
+"""What goes wrong on ranks: all end, one line says who it was, and what was made is there."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from worldsim.apps.opening import open_share
+from worldsim.share import Share, shares
+from worldsim.state import Block
+from worldsim.streaming import faults
+from worldsim.streaming.faults import RankFailed
+from worldsim.streaming.launch import Ranks
+from worldsim.streaming.ranks import Run
+from worldsim.world import World
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* was trained to read")
+LIMIT = 15.0  # seconds in which everybody has to be gone
+STEPS = RANKS = 3
+
+
+def failing(share: Share, folder: str, rank: int, error: Exception) -> World:
+    """A world whose third block fails on one rank."""
+    world, passes = open_share(folder, "float32", "cpu", None, share), 0
+    forward = world.forward
+
+    def fails(*told: object) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        if share.rank == rank and passes == 3:
+            raise error
+        return forward(*told)
+
+    world.forward = fails
+    return world
+
+
+def opened(
+    folder: Path, blocks: int | None = 12, sleep: float | None = 0.05, **others: object
+) -> Ranks:
+    told = {"seed": 3, "steps": STEPS, "schedule": "tpp"}
+    opener = partial(open_share, str(folder), "float32", "cpu", None)
+    run = replace(Run(opener, RANKS, told, blocks=blocks, rehearse=sleep), **others)  # type: ignore[arg-type]
+    world = World.from_pretrained(folder, torch.float32)
+    return Ranks(run, shares(world.settings(**told).schedule, 2, RANKS))  # type: ignore[arg-type]
+
+
+def gone(pids: Sequence[int | None]) -> bool:
+    """Whether none of these processes is there any more, or soon."""
+    until = time.monotonic() + 5
+    while there := [pid for pid in pids if pid is not None and Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return not there
+
+
+def failed(ranks: Ranks, made: list[Block], after: float | None = None) -> str:
+    """Take what comes until it fails; everybody is gone then, in time."""
+    with pytest.raises(RankFailed) as told:
+        for block in ranks.blocks():
+            made.append(block)
+    assert time.monotonic() - (after or time.monotonic()) < LIMIT
+    assert gone(ranks.pids)
+    assert "\n" not in str(told.value)
+    assert [block.index for block in made] == list(range(len(made))), "in order, none missing"
+    assert all(len(block.frames) for block in made)
+    return str(told.value)
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("when", ("fill", "steady", "drain"))
+def test_a_killed_rank_ends_the_run_with_one_line(world_folder: Path, rank: int, when: str) -> None:
+    with opened(world_folder) as ranks:
+        made: list[Block] = []
+        blocks = ranks.blocks()
+        if when == "fill":
+            while not ranks.heard(0):
+                time.sleep(0.01)
+        else:
+            count = 5 if when == "steady" else 10
+            made += [next(blocks) for _ in range(count)]
+        killed = ranks.pids[rank]
+        assert killed is not None
+        try:
+            os.kill(killed, signal.SIGKILL)
+            told = failed(ranks, made, time.monotonic())
+        except (ProcessLookupError, pytest.fail.Exception):
+            assert when == "drain", "in the end, who has nothing left to do is gone before"
+            made += blocks
+            assert len(made) == 12
+        else:
+            assert re.match(rf"rank {rank} was killed \(SIGKILL\) at block \d+; ", told), told
+
+
+def test_a_stopped_rank_is_noticed(world_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "SILENT", 1.5)  # 10 s, of which nobody wants to wait here
+    with opened(world_folder, blocks=None) as ranks:
+        made = [next(ranks.blocks())]
+        pid = ranks.pids[1]
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        told = failed(ranks, made, time.monotonic())
+        assert re.match(r"rank 1 hangs: no heartbeat for \d+ s at block \d+; the run has", told)
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "words"),
+    [
+        (0, KeyError("oops"), "failed"),
+        (
+            1,
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"),
+            "ran out of memory",
+        ),
+        (2, MemoryError(), "ran out of memory"),
+    ],
+)
+def test_who_fails_says_so(world_folder: Path, rank: int, error: Exception, words: str) -> None:
+    opener = partial(failing, folder=str(world_folder), rank=rank, error=error)
+    with opened(world_folder, sleep=None, opener=opener) as ranks:
+        told = failed(ranks, [])
+    assert re.match(rf"rank {rank} {words} \(.*\) at block 2; the run has ended", told), told
+
+
+def test_what_cannot_be_is_no_failure(world_folder: Path) -> None:
+    with opened(world_folder, prompt="zebra") as ranks:
+        with pytest.raises(ValueError, match="zebra"):
+            list(ranks.blocks())
+        assert gone(ranks.pids)
+
+
+def test_stopped_in_the_middle_blocks_on_their_way_still_come(world_folder: Path) -> None:
+    with opened(world_folder, blocks=None) as ranks:
+        blocks = ranks.blocks()
+        made = [next(blocks) for _ in range(3)]
+        ranks.stop()
+        made += blocks
+        assert [block.index for block in made] == list(range(len(made)))
+    assert gone(ranks.pids)
+    with opened(world_folder, blocks=None) as ranks:
+        next(ranks.blocks())  # and closed without a word, too
+    assert gone(ranks.pids)
+
+
+def test_controls_from_outside_hold_from_their_block_on(world_folder: Path) -> None:
+    with opened(world_folder, blocks=None, sleep=None, scripted=False) as ranks:
+        blocks = ranks.blocks()
+        first = next(blocks)
+        ranks.tell("control", buttons=["KeyW"], prompt="blue tiles")
+        ranks.tell("cut")
+        made = [next(blocks) for _ in range(12)]
+        assert not first.applied.keys[0]
+        at = next(b.index for b in made if b.applied.keys[0])
+        changed = made[at - 1]
+        assert changed.applied.prompt == "blue tiles" and changed.applied.cut
+        with pytest.raises(ValueError, match="ranks know no 'close'"):
+            ranks.tell("close")
+    world = World.from_pretrained(world_folder, torch.float32)
+    with world.session(seed=3, steps=STEPS, schedule="tpp") as serial:
+        for block in (first, *made):
+            if block.index == at:
+                serial.control(buttons=["KeyW"], prompt="blue tiles")
+                serial.cut()
+            assert torch.equal(serial.step().latents, block.latents), block.index
+
+
+# --- the command -----------------------------------------------------------------------------
+WORLDSIM = Path(sysconfig.get_path("scripts"), "worldsim")
+
+
+def streaming(
+    folder: Path, out: Path, *more: str, before: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    command = [
+        *before, str(WORLDSIM), "stream", str(out), "--world", str(folder), "--schedule", "tpp",
+        "--steps", "2", "--dtype", "float32", *more,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=folder.parent, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    """Of a process and of its children."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            told = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(told[1]) == pid:
+            mine = int(path.parent.name)
+            found += [mine, *children(mine)]
+    return found
+
+
+def pictures(path: Path) -> int:
+    with av.open(str(path)) as file:
+        return sum(1 for _ in file.decode(video=0))
+
+
+def test_ctrl_c_ends_every_rank_and_the_file_plays(world_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "walk.mp4"
+    process = streaming(world_folder, out, "--ranks", "2", "--seconds", "100000")
+    while not (out.exists() and out.stat().st_size):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.05)
+    family = children(process.pid)
+    assert len(family) >= 2
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, told = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0 and "stopped: " in told and "Traceback" not in told
+    assert gone(list(family))
+    assert pictures(out) > 0
+
+
+def test_a_killed_rank_under_the_command(world_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "walk.mp4"
+    process = streaming(world_folder, out, "--ranks", "2", "--seconds", "100000")
+    while not (out.exists() and out.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.05)
+    family = children(process.pid)
+    ranks = [p for p in family if b"forkserver" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(max(ranks), signal.SIGKILL)  # started last
+    _, told = process.communicate(timeout=LIMIT)
+    assert process.returncode == 1
+    assert re.search(r"^worldsim: rank \d was killed \(SIGKILL\) at block \d+; the run", told, re.M)
+    assert gone(list(family)) and "Traceback" not in told
+    assert pictures(out) > 0
+
+
+def test_torchrun_starts_it_as_well(world_folder: Path, tmp_path: Path) -> None:
+    out, whole = tmp_path / "walk.mp4", tmp_path / "whole.mp4"
+    torchrun = (
+        str(Path(sys.executable).with_name("torchrun")), "--no-python", "--nproc-per-node", "2",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+    )  # fmt: skip
+    process = streaming(world_folder, out, "--seconds", "1", before=torchrun)
+    alone = streaming(world_folder, whole, "--seconds", "1")
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    alone.communicate(timeout=60)
+    assert out.read_bytes() == whole.read_bytes()
