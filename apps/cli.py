@@ -208,15 +208,15 @@ def play(
     )  # fmt: skip
 
 
-@app.command("fuzz-play", hidden=True)
-def fuzz_play(
+@app.command(hidden=True)
+def fuzz(
     messages: Annotated[int, typer.Argument(help="How many to send.")] = 100_000,
     world: WorldName = "maze",
     seed: Seed = 0,
 ) -> None:
     """Throw random and mutated messages at a server while somebody plays on it."""
     with _loading():
-        from worldsim.apps.fuzz_play import run
+        from worldsim.apps.fuzz import run
         from worldsim.apps.play import PlayOptions
         from worldsim.apps.setting import Setting
 

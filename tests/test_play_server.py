@@ -17,7 +17,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from worldsim.apps.fuzz_play import fuzz
+from worldsim.apps.fuzz import fuzz
 from worldsim.apps.play import PlayOptions, background, build, check, listening, opened, run
 from worldsim.apps.room import Room, capacity
 from worldsim.apps.setting import Setting

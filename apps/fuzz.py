@@ -1,6 +1,6 @@
 """Throw random and mutated messages at a server of `worldsim play` while somebody plays on it.
 
-    worldsim fuzz-play 100000
+    worldsim fuzz 100000
 
 What must hold: no crash, no session, page or memory left behind, and who plays does not notice.
 """
