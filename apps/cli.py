@@ -208,7 +208,7 @@ def play(
     )  # fmt: skip
 
 
-@app.command(hidden=True)
+@app.command(epilog="Example:  worldsim fuzz 100000")
 def fuzz(
     messages: Annotated[int, typer.Argument(help="How many to send.")] = 100_000,
     world: WorldName = "maze",
