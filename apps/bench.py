@@ -17,7 +17,8 @@ from rich.progress import track
 
 from worldsim.apps.cache_times import cache_times
 from worldsim.apps.compiling import compile_world
-from worldsim.apps.opening import open_world, shown_scale
+from worldsim.apps.dtype_times import DTYPES, dtype_times
+from worldsim.apps.opening import MADE, open_world, shown_scale
 from worldsim.apps.part_times import PartTimes, time_parts
 from worldsim.apps.report import machine, print_table, write_json
 from worldsim.apps.setting import Setting
@@ -26,6 +27,8 @@ from worldsim.streaming.overlap import overlapped
 from worldsim.streaming.pipeline import Writer
 from worldsim.streaming.sinks import check_writable, open_sink
 from worldsim.world import World
+
+DIT = ("denoise", "commit")  # the transformer's own parts
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def run(options: BenchOptions) -> None:
         "end to end",
         ("figure", "value"),
         [
+            *_rates(figures),
             ["fps, parts in sequence", f"{figures['fps_serial']:.1f}"],
             ["fps, parts overlapped (as `worldsim stream`)", f"{figures['fps']:.1f}"],
             ["first picture after process start, s", f"{figures['first_picture_s']:.2f}"],
@@ -97,6 +101,8 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
     times = time_parts(world, setting, warm_up, options.blocks)
     ms = {part: statistics.median(times.ms[part]) for part in PARTS}
     context = cache_times(world, setting, warm_up, options.blocks)
+    cores = torch.get_num_threads()
+    work = sum(times.flops[part] for part in DIT)
     return {
         "world": world.config.name,
         "size": [world.config.height, world.config.width],
@@ -112,6 +118,11 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
         "ms": ms,
         "ms_p95": {part: statistics.quantiles(times.ms[part], n=20)[-1] for part in PARTS},
         "roofline": _roofline(times),
+        "dit_ratio": sum(ms[part] for part in DIT)
+        / sum(statistics.median(times.roofline_ms[part]) for part in DIT),
+        "gflops_per_core": work / sum(ms[part] for part in DIT) / 1e6 / cores,
+        "gemm_gflops_per_core": times.gemm / 1e9 / cores,
+        "dtype_ms": _dtypes(world, setting, warm_up, options),
         "fps_serial": 1e3 * times.pictures / sum(ms.values()),
         "fps": fps,
         "first_picture_s": _first_picture(options),
@@ -134,6 +145,30 @@ def _roofline(times: PartTimes) -> dict[str, dict[str, float]]:
             "gflop": times.flops[part] / 1e9,
         }
     return figures
+
+
+def _dtypes(
+    world: World, setting: Setting, warm_up: int, options: BenchOptions
+) -> dict[str, float]:
+    """Of worlds that are made here, on a CPU: what each dtype takes."""
+    if setting.world not in MADE or world.device.type != "cpu" or options.compile:
+        return {}
+    return dtype_times(setting, warm_up, min(options.blocks, 12))
+
+
+def _rates(figures: dict[str, Any]) -> list[list[str]]:
+    rates = f"{figures['gflops_per_core']:.0f}"
+    if figures["gemm_gflops_per_core"]:
+        rates += f"; its fastest product alone: {figures['gemm_gflops_per_core']:.0f}"
+    rows = [
+        ["denoise and commit, times their roofline", f"{figures['dit_ratio']:.2f}"],
+        ["denoise and commit, GFLOP/s per thread", rates],
+    ]
+    if figures["dtype_ms"]:
+        single, half = (figures["dtype_ms"][dtype] for dtype in DTYPES)
+        told = f"{single:.1f} : {half:.1f} ms = {single / half:.2f}"
+        rows.append(["denoise and commit, float32 : bfloat16", told])
+    return rows
 
 
 def _row(part: str, figures: dict[str, Any]) -> list[str]:

@@ -3,8 +3,10 @@
 torch's own linear reorders a half-precision weight at every call, as much work as a product of few
 rows; in float32 it takes sums apart differently on different numbers of threads. A packed weight
 does neither. It is a copy, made at the first call and kept beside the weight, so only weights up to
-`PACKED` numbers have one: larger ones come with more rows, beside which a reorder is little. The
-copy belongs to one state of its weight: one that was moved, cast, trained or replaced is packed
+`PACKED` numbers have one: larger ones come with more rows, beside which a reorder is little. Nor
+does it help `FEW_ROWS` in float32. Sizes and dtypes decide, never a timing.
+
+The copy belongs to one state of its weight: one that was moved, cast, trained or replaced is packed
 anew. What is written into ``weight.data`` nobody can see; `unpack` is for that.
 
 Whoever cannot take this path takes torch's: gradients, compilers (which pack by themselves),
@@ -17,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 PACKED = 1 << 20  # numbers of a weight that has a packed copy, at most
+FEW_ROWS = 32  # fewer wait for the weight to be read, which torch does well where it is float32
 
 
 def _dtypes() -> tuple[torch.dtype, ...]:
@@ -62,6 +65,7 @@ class Linear(nn.Linear):
             and x.device.type == self.weight.device.type == "cpu"
             and x.dtype == self.weight.dtype
             and self.packs()
+            and not _few(x.dtype, x.numel() // x.shape[-1])
             and not torch.is_autocast_enabled("cpu")
         )
 
@@ -90,6 +94,10 @@ class Linear(nn.Linear):
         return {k: v for k, v in self.__dict__.items() if k not in ("_copy", "_of")}
 
 
+def _few(dtype: torch.dtype, rows: int) -> bool:
+    return dtype == torch.float32 and rows < FEW_ROWS
+
+
 def unpack(model: nn.Module) -> None:
     """Forget the packed copies of a model whose weights were written to behind torch's back."""
     for module in model.modules():
@@ -97,7 +105,8 @@ def unpack(model: nn.Module) -> None:
             module.unpack()
 
 
-def packed_nbytes(model: nn.Module) -> int:
-    """Bytes of all packed copies that a model on a CPU will have."""
+def packed_nbytes(model: nn.Module, rows: int) -> int:
+    """Bytes of all packed copies that a model on a CPU will have, after passes of so many rows."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    return sum(linear.weight.nbytes for linear in linears if linear.packs())
+    weights = [linear.weight for linear in linears if linear.packs()]
+    return sum(weight.nbytes for weight in weights if not _few(weight.dtype, rows))

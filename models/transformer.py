@@ -11,7 +11,7 @@ D = heads · head_dim, T text rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from worldsim.models.attention import NATIVE, attention, check_backend
 from worldsim.models.context import Attends, Rows
 from worldsim.models.norms import AffineNorm, RMSNorm, add_gated, modulated_norm
-from worldsim.models.packed import Linear
+from worldsim.models.packed import Linear, unpack
 
 # float32 products of few rows round differently with thread and row count; a chunk of this many
 # rows does not. Embeddings of levels are therefore always computed in chunks of exactly this size.
@@ -301,6 +301,16 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         check_backend(backend, self.device, dtype, self.config.attention_head_dim)
         for layer in self.layers:
             layer.attn2.backend = backend
+
+    def fuse_lora(self, *args: Any, **options: Any) -> None:
+        """See diffusers; it writes into the weights behind torch's back."""
+        super().fuse_lora(*args, **options)
+        unpack(self)
+
+    def unfuse_lora(self, *args: Any, **options: Any) -> None:
+        """See diffusers."""
+        super().unfuse_lora(*args, **options)
+        unpack(self)
 
     def encode_prompt(self, embeds: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Cross-attention K/V of prompts, once per prompt.

@@ -230,6 +230,14 @@ def test_figures_are_printed_and_written(
         assert alone["ratio"] == pytest.approx(figures["ms"][part] / alone["ms"])
         row = next(line for line in printed.splitlines() if part in line)
         assert f" {alone['ms']:.2f} " in row and f" {alone['ratio']:.2f} " in row
+    dit = ("denoise", "commit")
+    taken = sum(figures["ms"][part] for part in dit)
+    alone = sum(figures["roofline"][part]["ms"] for part in dit)
+    assert figures["dit_ratio"] == pytest.approx(taken / alone)
+    rate = 1e3 * (gflop["denoise"] + gflop["commit"]) / taken
+    assert figures["gflops_per_core"] == pytest.approx(rate)
+    single, half = (figures["dtype_ms"][dtype] for dtype in ("float32", "bfloat16"))
+    assert f"= {single / half:.2f}" in printed and f"{rate:.0f}; its" in printed
     assert figures["ms"]["encode"] > 0 and figures["fps"] > 0 and figures["peak_mib"] > 10
     assert (figures["steps"], figures["sampler"], figures["warm_up"]) == (3, "euler", 3)
     assert figures["pictures_per_block"] == 12

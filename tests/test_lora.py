@@ -361,3 +361,20 @@ def test_peft_is_asked_for_in_one_line(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install 'worldsim\[lora\]'"):
         world.load_lora(lora)
+
+
+def test_fused_weights_are_multiplied_by(world: World, lora: Tensors) -> None:
+    """diffusers' fusing writes behind torch's back; packed copies follow all the same."""
+
+    def played() -> Tensor:
+        with world.session(prompt_embeds=torch.ones(1, 16, 32), height=64, width=96) as session:
+            return session.step().latents
+
+    without = played()
+    world.load_lora(lora, scale=0.5)
+    beside = played()
+    world.transformer.fuse_lora()
+    fused = played()
+    world.transformer.unfuse_lora()
+    assert (fused - beside).abs().max() < 1e-3 < 0.1 < (fused - without).abs().max()
+    assert (played() - beside).abs().max() < 1e-3
