@@ -274,7 +274,7 @@ def bench(
     epilog="Examples:  worldsim train maze --ranks 2  ·  worldsim train maze --device cuda"
 )
 def train(
-    what: Annotated[str, typer.Argument(help="The recipe: maze or maze-short.")],
+    what: Annotated[str, typer.Argument(help="The recipe: maze, maze-short or maze-tpp.")],
     out: Annotated[
         Path | None, typer.Option(help="Weights, curves, sheets; default: runs/RECIPE.")
     ] = None,
@@ -304,7 +304,8 @@ def evaluate(
     schedule: Annotated[list[str] | None, SCHEDULE] = None,
     dtype: Annotated[list[str] | None, DTYPE] = None,
     table: Annotated[
-        str | None, typer.Option(help="The settings of a table: settings, steps or caches.")
+        str | None,
+        typer.Option(help="A table's settings: settings, steps, caches, schedules."),
     ] = None,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Score the simulator, whole and with known faults.")

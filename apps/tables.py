@@ -25,6 +25,7 @@ CACHES = (  # each reads eleven latent frames, or as many tokens as those have; 
     "sink=3:int4,recent=8:int4,positions=packed",
     "sink=3:int4h,recent=8:int4h,positions=packed",
 )
+SCHEDULES = ("serial", "reuse", "tpp", "lag1", "hiar", "diagonal")
 TABLES: Mapping[str, tuple[Setting, ...]] = {
     "settings": (
         Setting(),
@@ -35,6 +36,10 @@ TABLES: Mapping[str, tuple[Setting, ...]] = {
     ),
     "steps": tuple(Setting(steps=steps) for steps in (1, 2, 3, 4, 8, 16)),
     "caches": tuple(Setting(cache=cache) for cache in CACHES),
+    "schedules": (
+        *(Setting(schedule=name) for name in SCHEDULES),
+        *(Setting(steps=4, schedule=name) for name in ("serial", "tpp", "lag1")),
+    ),
 }
 
 

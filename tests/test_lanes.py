@@ -160,9 +160,38 @@ def test_an_aborted_block_leaves_nothing(world: World) -> None:
         assert all(map(torch.equal, rollout(retried, 5), expected[3:]))
 
 
-def test_what_cannot_be_is_refused_and_what_is_untrained_warns(world: World) -> None:
+def test_what_is_untrained_warns_once(make_world) -> None:  # type: ignore[no-untyped-def]
+    fresh = make_world(height=64, width=64)
     with pytest.warns(UserWarning, match="trained to read what is clean .* reads what is lag0"):
-        world.session(schedule="tpp")
+        next(fresh.stream(schedule="tpp"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fresh.session(schedule="tpp").close()
+        fresh.session().close()
+        assert not told
+        fresh.session(schedule="hiar").close()
+        assert len(told) == 1 and "reads what is output" in str(told[0].message)
+
+
+def test_a_world_is_run_under_the_rule_that_it_was_trained_with(make_world) -> None:  # type: ignore[no-untyped-def]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same_level = make_world(height=64, width=64, rule="lag0")
+        plain = rollout(same_level.session(seed=3), 3)
+        named = rollout(same_level.session(seed=3, schedule="tpp"), 3)
+    assert all(map(torch.equal, plain, named))
+    with pytest.warns(UserWarning, match="trained to read what is lag0 .* reads what is clean"):
+        serial = rollout(same_level.session(seed=3, schedule="serial"), 3)
+    assert torch.equal(serial[0], plain[0]) and not torch.equal(serial[1], plain[1])
+    for rule in ("clean", "last", "lag2", "output"):
+        assert same_level.config.schedule(4).under(rule).rule == rule
+    with pytest.raises(ValueError, match=r"a rule is clean, last, .* not 'lag'"):
+        make_world(rule="lag")
+    with pytest.raises(ValueError, match=r"unipc remembers .* the rule of this world spreads"):
+        same_level.session(schedule="unipc")
+
+
+def test_what_cannot_be_is_refused(world: World) -> None:
     with pytest.raises(ValueError, match="nothing runs joint windows yet"):
         world.session(schedule="rolling")
     with pytest.raises(ValueError, match="recache commits finished blocks anew"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random_world
 
 from worldsim.apps import evaluate
 from worldsim.apps.evaluate import EvaluateOptions
@@ -127,8 +128,6 @@ def test_who_leaves_is_away_for_twice_the_window_and_comes_back() -> None:
 
 
 def test_a_world_is_scored_through_its_sessions(material: Material) -> None:
-    from conftest import random_world
-
     world = random_world(height=64, width=64)
 
     def opened(prompt: str, seed: int) -> Session:
@@ -167,7 +166,13 @@ def test_settings_are_combined_and_named() -> None:
         assert len({str(row) for row in rows}) == len(rows)
         assert all(row.world == "maze-short" for row in rows)
         assert all(CacheConfig.parse(row.cache, 1) for row in rows if row.cache)
-    with pytest.raises(ValueError, match="unknown table 'all': choose from settings, steps, cach"):
+        assert all(Setting.parse(str(row)) == row for row in rows)
+    config = random_world().config
+    rules = [config.sampling(row.steps, row.schedule)[0].rule for row in table("schedules", None)]
+    assert {"clean", "last", "lag0", "lag1", "output"} == set(rules)
+    with pytest.raises(
+        ValueError, match="unknown table 'all': choose from settings, steps, caches, sch"
+    ):
         table("all", None)
 
 
@@ -191,8 +196,6 @@ def test_the_command_scores_several_settings(
 
 @pytest.fixture(scope="module")
 def world_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import random_world
-
     folder = tmp_path_factory.mktemp("worlds") / "square"
     random_world(height=64, width=64).save_pretrained(folder)
     return folder

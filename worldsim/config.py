@@ -38,8 +38,8 @@ class WorldConfig:
         negative_prompt: what guidance leads away from.
         independent_first_frame: the first latent frame is a block of its own.
         text_length: rows of an encoded prompt, where the text encoder does not say.
-        rule: what the model was trained to read of earlier blocks, see `Schedule.rule`; a session
-            under another one warns.
+        rule: what the model was trained to read of earlier blocks, see `Schedule.rule`. Blocks are
+            made so unless a session names a schedule; one under another rule warns.
     """
 
     name: str
@@ -80,8 +80,10 @@ class WorldConfig:
         wanted = self.steps if steps is None else steps
         grid = "solver" if (sampler or self.sampler) == "unipc" else self.grid
         if isinstance(wanted, tuple):
-            return Schedule(wanted, self.shift, self.context_timestep, grid=grid)
-        return Schedule.uniform(wanted, self.shift, self.context_timestep, grid)
+            plain = Schedule(wanted, self.shift, self.context_timestep, grid=grid)
+        else:
+            plain = Schedule.uniform(wanted, self.shift, self.context_timestep, grid)
+        return plain.under(self.rule)
 
     def sampling(self, steps: int | None, line: str | None) -> tuple[Schedule, str]:
         """A session's schedule and sampler.

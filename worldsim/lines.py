@@ -89,6 +89,7 @@ def read(line: str, plain: Schedule, sampler: str, numbered: bool) -> tuple[Sche
         steps = Schedule.listed(listed, plain.shift).steps
         schedule = replace(plain, steps=steps)
     if not names:
+        _check_spread(schedule.context, "the rule of this world", sampler)
         return schedule, sampler
     return called(names[0], schedule, sampler, bool(colon) or numbered), sampler
 
@@ -103,11 +104,7 @@ def called(name: str, plain: Schedule, sampler: str = "renoise", counted: bool =
         ValueError: for a name that nobody knows, or what it cannot do.
     """
     known = named(name)
-    if sampler == "unipc" and known.context not in ("clean", "fused"):
-        raise ValueError(
-            f"schedule: unipc remembers the steps before, which {name} spreads; "
-            "use renoise or euler"
-        )
+    _check_spread(known.context, name, sampler)
     schedule = replace(plain, context=known.context, lag=known.lag, order=known.order)
     if name == "diagonal":
         if counted:
@@ -118,3 +115,11 @@ def called(name: str, plain: Schedule, sampler: str = "renoise", counted: bool =
         falling = tuple(equal_steps(count) for count in range(most, min(most, FEWEST), -1))
         return replace(schedule, steps=equal_steps(min(most, FEWEST)), first_steps=falling)
     return schedule
+
+
+def _check_spread(context: str, name: str, sampler: str) -> None:
+    if sampler == "unipc" and context not in ("clean", "fused"):
+        raise ValueError(
+            f"schedule: unipc remembers the steps before, which {name} spreads; "
+            "use renoise or euler"
+        )

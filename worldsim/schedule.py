@@ -8,6 +8,7 @@ it leaves behind goes to others, or to none. When the cells run, on what and sid
 others, is `worldsim.wavefront`'s business and changes nothing that they compute.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +22,8 @@ CLEAN = -1  # the level of a finished block, and the lane of such
 LAST = -2  # the lane of what every block's last step leaves behind, whichever level that is
 GRIDS = ("warped", "plain", "solver")
 CONTEXTS = ("clean", "fused", "last", "lag", "output", "joint")
+RULES = ("clean", "last", "output", "joint")  # and lag0, lag1, …; see `Schedule.rule`
+LAG_RULE = re.compile(r"lag(\d{1,3})")
 ORDERS = ("serial", "batch", "steps", "layers", "joint")
 
 
@@ -148,6 +151,19 @@ class Schedule:
         if self.context == "lag":
             return f"lag{min(self.lag, len(self.steps) - 1)}"
         return "clean" if self.context == "fused" else self.context
+
+    def under(self, rule: str) -> "Schedule":
+        """The same levels under a rule that a model was trained with, see `rule`.
+
+        Raises:
+            ValueError: for one that nobody knows.
+        """
+        lagging = LAG_RULE.fullmatch(rule)
+        if lagging:
+            return replace(self, context="lag", lag=int(lagging[1]))
+        if rule not in RULES:
+            raise ValueError(f"schedule: a rule is {', '.join(RULES)}, lag0, lag1, …, not {rule!r}")
+        return replace(self, context=rule, lag=0)
 
     @property
     def lanes(self) -> tuple[int, ...]:

@@ -69,6 +69,7 @@ class World(Loaded):
         super().__init__(config, transformer, autoencoder, text_encoder)
         self._progress: dict[str, Any] = {}
         self._fingerprint: str | None = None
+        self._strange: list[str] = []  # rules of schedules that it was warned of
         self._pools: dict[tuple[int, int], PagePool] = {}
         self._texts: OrderedDict[str, TextRows] = OrderedDict()
         takes = transformer.config
@@ -383,7 +384,8 @@ class World(Loaded):
             )
         if kept.prompt == "recache":
             check_recache(listed)
-        if listed.rule != own.rule:
+        if listed.rule not in (own.rule, *self._strange):
+            self._strange.append(listed.rule)
             warnings.warn(
                 f"{own.name} was trained to read what is {own.rule} of earlier blocks, and under "
                 f"this schedule reads what is {listed.rule}",
