@@ -82,6 +82,9 @@ class Recipe:
         context_noise: largest noise share given to a clip's context.
         open_prompts_from: DiT step from which prompts leave out any share of their words.
         few_steps: denoising steps of the rollouts that stage three trains.
+        start: a bundled world that the lessons go on from; stages one and two are left out.
+        rule: what the lessons' frames read of earlier ones: ``clean``, or ``lag0``, which is TPP's;
+            see `worldsim.schedule.Schedule.rule`.
     """
 
     name: str = "maze"
@@ -105,6 +108,8 @@ class Recipe:
     lessons: tuple[Lesson, ...] = ()
     few_steps: int = 2
     cache: str = "window=12,sink=50%"
+    start: str | None = None
+    rule: str = "clean"
 
     @property
     def columns(self) -> int:
@@ -154,6 +159,20 @@ GPU = Recipe(  # one H200 for half an hour; docs/maze.md says how far the bundle
         ),
     ),
 )
+SAME_LEVEL = Recipe(  # half an hour of one core: the bundled maze under another rule
+    name="maze-tpp",
+    seed=11,
+    start="maze",
+    rule="lag0",
+    lessons=(
+        replace(
+            DRILL,
+            name="same-level",
+            fit=Fit(steps=1400, batch=8, frames=12, muon=0.005, adam=1e-3, warmup=40, ema=0.995),
+            footage=Footage(24, 96, 2, 300),
+        ),
+    ),
+)
 TINY = Recipe(  # seconds, for the tests: proves the path, not the picture
     autoencoder=Fit(steps=4, batch=2, frames=3),
     autoencoder_footage=Footage(4, 8, 1, 10),
@@ -174,5 +193,14 @@ PRESETS = {
         "cpu": SHORT,
         "gpu": SHORT,
         "tiny": replace(TINY, name="maze-short", lessons=()),
+    },
+    "maze-tpp": {
+        "cpu": SAME_LEVEL,
+        "gpu": SAME_LEVEL,
+        "tiny": replace(
+            SAME_LEVEL,
+            start="maze-short",
+            lessons=(replace(TINY.lessons[0], fit=Fit(steps=2, batch=2, frames=4)),),
+        ),
     },
 }

@@ -16,6 +16,7 @@ from worldsim.maze.footage import make_walks
 from worldsim.maze.own_stage import OwnFrames, own_batches
 from worldsim.maze.recipe import Recipe
 from worldsim.maze.report import draw_rollouts, plot_losses
+from worldsim.maze.rule_stage import SameLevel, rule_batches
 from worldsim.maze.themes import IGNORED, SYNONYMS, VOCABULARY
 from worldsim.models.attention import MATMUL, NATIVE
 from worldsim.models.autoencoder import CausalAutoencoder
@@ -48,8 +49,11 @@ def _claim(path: Path, settings: dict[str, object]) -> None:
 
 def _train(index: int, ranks: int, recipe: Recipe, folder: Path, device: str) -> None:
     rank = Rank(index, ranks, device)
-    autoencoder = _autoencoder(recipe, folder, rank)
-    dit, words = _dit(recipe, folder, rank, autoencoder)
+    if recipe.start is None:
+        autoencoder = _autoencoder(recipe, folder, rank)
+        dit, words = _dit(recipe, folder, rank, autoencoder)
+    else:
+        autoencoder, dit, words = _started(recipe.start, rank)
     _lessons(recipe, folder, rank, autoencoder, dit, words)
     dit.set_attention_backend(NATIVE)
     for model in (dit, words):
@@ -73,6 +77,7 @@ def world_config(recipe: Recipe) -> WorldConfig:
         shift=recipe.shift,
         sampler="euler",
         cache=recipe.cache,
+        rule=recipe.rule,
         actions=ACTIONS,
         prompt="red brick walls, grass floor, day, clear",
         controls="W*5 L*5 W*4 J*5 W*6 . L*10 W*6 J*5 W*5 D*3 A*3 J*5 W*6 S*4 L*5 W*6",
@@ -133,6 +138,22 @@ def _dit(
     return dit, words
 
 
+def _started(
+    source: str, rank: Rank
+) -> tuple[CausalAutoencoder, CausalWanTransformer3DModel, WordEncoder]:
+    """The models of a bundled world, to go on with."""
+    world = World.from_pretrained(source, torch.float32)
+    autoencoder, words = world.autoencoder, world.text_encoder
+    assert isinstance(autoencoder, CausalAutoencoder) and isinstance(words, WordEncoder), (
+        "the bundled worlds have ours"
+    )
+    for model in (world.transformer, words):
+        model.train().requires_grad_(True)
+    for part in (autoencoder, world.transformer, words):
+        part.to(rank.device)
+    return autoencoder, world.transformer, words
+
+
 def _lessons(
     recipe: Recipe,
     folder: Path,
@@ -142,8 +163,11 @@ def _lessons(
     words: WordEncoder,
 ) -> None:
     torch.manual_seed(recipe.seed)
-    stage = OwnFrames(dit, words, recipe)
+    stage: OwnFrames | SameLevel = OwnFrames(dit, words, recipe)
+    batches = own_batches
+    if recipe.rule != "clean":
+        stage, batches = SameLevel(dit, words, world_config(recipe).schedule()), rule_batches
     for lesson in recipe.lessons:
         stage.criticism = lesson.criticism
-        batch = own_batches(recipe, lesson, rank, autoencoder, words)
+        batch = batches(recipe, lesson, rank, autoencoder, words)
         fit(lesson.name, stage, batch, lesson.fit, folder, rank)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from worldsim.models.attention import attention
+from worldsim.models.attention import NATIVE, attention
 from worldsim.models.rope import rotate, rotation, token_positions
 
 
@@ -69,6 +69,7 @@ class ClipContext:
         grid: tokens of one frame, (height, width).
         head_dim: size of one attention head.
         dtype: see `rotation`.
+        backend: of attention; training on a CPU is faster with ``matmul``.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class ClipContext:
         grid: tuple[int, int],
         head_dim: int,
         dtype: torch.dtype = torch.float32,
+        backend: str = NATIVE,
     ) -> None:
+        self._backend = backend
         tokens = grid[0] * grid[1]
         mask = visible.repeat_interleave(tokens, -1).repeat_interleave(tokens, -2)
         self._mask = mask[:, None]
@@ -87,7 +90,7 @@ class ClipContext:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         del layer
         q, k = (rotate(x, self._cos, self._sin) for x in (q, k))
-        return attention(q, k, v, mask=self._mask)
+        return attention(q, k, v, self._mask, self._backend)
 
     asks = False
 
