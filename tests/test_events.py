@@ -85,9 +85,11 @@ def test_a_session_holds_what_was_promised(line: str) -> None:
             made.block.latents.nbytes for made in (*session.now.made, session._pending) if made
         ]
         assert sum(latents) == promised.latents
+        asked = (*session.asked.keys, *session.asked.values)
+        assert sum(x.nbytes for x in asked) == promised.prompt
         assert promised.session == sum((
             promised.context, promised.summaries, promised.scratch, promised.carry,
-            promised.latents,
+            promised.latents, promised.prompt,
         ))  # fmt: skip
 
 

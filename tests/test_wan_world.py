@@ -260,8 +260,10 @@ def test_what_is_refused_leaves_nothing_promised(world: World, embeds: Tensor) -
 
 def test_window_words_keep_the_rest_of_the_worlds_cache() -> None:
     world = World.from_single_file(GOLDEN / "model_sf.safetensors", preset="longlive")
-    assert world._windowed(None, 9, 3, None).endswith("recent=3,positions=absolute,prompt=recache")
-    assert world._windowed(None, ..., None, "packed").startswith("sink=3,recent=6,positions=packed")
+    line = world.config.windowed(9, 3, None).line()
+    assert line.endswith("recent=3,positions=absolute,prompt=recache")
+    line = world.config.windowed(..., None, "packed").line()
+    assert line.startswith("sink=3,recent=6,positions=packed")
 
 
 def test_a_fork_of_a_given_beginning_goes_on(world: World, embeds: Tensor) -> None:

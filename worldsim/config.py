@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from worldsim.actions import ActionSpec
@@ -105,6 +106,32 @@ class WorldConfig:
     def cache_config(self, line: str | None = None) -> CacheConfig:
         """The world's cache, or the one that ``line`` describes."""
         return CacheConfig.parse(self.cache if line is None else line, self.block_frames)
+
+    def windowed(
+        self, window: int | EllipsisType | None, sink: int | None, positions: str | None
+    ) -> CacheConfig:
+        """The world's cache with the field's words for it; see `worldsim.world.World.session`.
+
+        Args:
+            window: ``...`` is the world's own, None everything.
+            sink, positions: None is the world's own.
+
+        Raises:
+            ValueError: for a window that the sink and a block do not fit in.
+        """
+        own, block = self.cache_config(), self.block_frames
+        kept = own.sink if sink is None else sink
+        recent: int | None
+        if window is ...:
+            recent = None if own.recent is None else own.sink + own.recent - kept
+        else:
+            recent = None if window is None else window - kept - block
+        if recent is not None and recent < 0:
+            raise ValueError(
+                f"cache: window={recent + kept + block} is too small for sink={kept} and a block "
+                f"of {block}; it needs at least {kept + block}"
+            )
+        return replace(own, sink=kept, recent=recent, positions=positions or own.positions)
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")

@@ -61,7 +61,7 @@ class Forecast:
     @property
     def session(self) -> int:
         """What one more session holds."""
-        return self.kept.session + self.prompt + self.pictures
+        return self.kept.session + self.pictures
 
     @property
     def making(self) -> int:
@@ -147,13 +147,7 @@ def _packed(world: World, context: Context, rows: int, device: torch.device) -> 
 
 
 def _prompt(world: World, settings: Settings) -> int:
-    encoder = world.text_encoder
-    length = world.config.text_length if encoder is None else encoder.length
-    sizes = world.transformer.config
-    row = 2 * sizes.num_layers * length * sizes.num_attention_heads * sizes.attention_head_dim
-    # The world keeps each prompt's own; a guided session has a copy of both, side by side.
-    rows = 1 if settings.rows == 1 else 2 * settings.rows
-    return rows * row * world.dtype.itemsize
+    return world.prompt_nbytes(settings.rows)
 
 
 # --- what comes and goes ----------------------------------------------------------------------

@@ -26,6 +26,9 @@ class MemoryReport:
         carry: what the decoder remembers.
         history: pages that only snapshots hold, which a rewind starts from.
         latents: newest clean latents, kept to be committed anew, and those of the newest block.
+        prompt: cross-attention keys and values of what is asked for; after a change those from
+            before it as well, until the block made under them is committed.
+        given: latents that it began with, kept for a rewind.
         growth: what each further block adds; 0 where a cache is bounded.
     """
 
@@ -39,6 +42,8 @@ class MemoryReport:
     carry: int
     history: int
     latents: int
+    prompt: int = 0
+    given: int = 0
     growth: int = 0
 
     @property
@@ -50,7 +55,7 @@ class MemoryReport:
     def session(self) -> int:
         """All that one more session needs."""
         beside = self.summaries + self.scratch + self.carry + self.history + self.latents
-        return self.context + beside
+        return self.context + beside + self.prompt + self.given
 
     def figures(self) -> dict[str, Any]:
         """Every number by its name, for tables and JSON."""
@@ -65,6 +70,8 @@ def report(
     scratch: int | None = None,
     rows: int = 1,
     history: int = 0,
+    prompt: int = 0,
+    given: int = 0,
 ) -> MemoryReport:
     """Of a session with this context, whether it runs yet or not.
 
@@ -74,6 +81,7 @@ def report(
         scratch: what one of the session's views takes; None where it is not made yet.
         rows: contexts of the session, see `Settings.rows`.
         history: bytes that its snapshots may keep.
+        prompt, given: their bytes.
     """
     cache, pool, frames = context.config, context.pool, latent_shape[2]
     sink, _, recent = (PageKind(pool.shape.tokens, format_) for format_ in cache.formats)
@@ -94,6 +102,8 @@ def report(
         carry=carry,
         history=snapshots_kept(history, each) * each,
         latents=(1 + (ceil(held / frames) if kept is None else kept)) * block,
+        prompt=prompt,
+        given=given,
         growth=0 if kept is not None else block + rows * frames * frame,
     )
 

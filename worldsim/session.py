@@ -400,12 +400,22 @@ class Session:
     def _change(self, change: Change) -> None:
         """Do what is asked for between two blocks, and note it."""
         if isinstance(change, Asked):
-            self.now = replace(self.now, asked=change)
+            self.now = replace(self.now, asked=self._in_full(change))
+            change = change.bare()
         elif change is Event.RECACHE:
             self._recache()
         else:
             self._event(change)
         self.now = replace(self.now, changes=(*self.now.changes, change))
+
+    def _in_full(self, asked: Asked) -> Asked:
+        """What is asked for, with its keys and values; those that it has now need no new ones."""
+        if asked.keys:
+            return asked
+        if asked.same(self.asked) and asked.negative is self.asked.negative:
+            return self.asked
+        words = asked.prompt if asked.embeds is None else None
+        return self.world.ask(self.settings, words, asked.embeds, asked.negative)
 
     @torch.inference_mode()
     def _recache(self) -> None:
@@ -496,9 +506,10 @@ class Session:
         self._go_to(snapshot)
 
     def _go_to(self, snapshot: Snapshot) -> None:
+        asked = self._in_full(snapshot.moment.asked)
         self._pending = None
         self._lanes.restore(snapshot.tables, snapshot.newest)
-        self.now, self.decoding = snapshot.moment, snapshot.decoding
+        self.now, self.decoding = replace(snapshot.moment, asked=asked), snapshot.decoding
         self.history.go_to(snapshot)
 
     def fork(self) -> "Session":
@@ -592,13 +603,18 @@ class Session:
         return self.decoded in (0, self.block)
 
     def _capture(self) -> Snapshot:
+        # Many snapshots may be kept, and none of them needs keys and values of its prompt.
+        moment = replace(self.now, asked=self.asked.bare())
         pool = self._lanes.pool
-        return Snapshot(self.settings, self.now, self.decoding, *self._lanes.tables(), pool)
+        return Snapshot(self.settings, moment, self.decoding, *self._lanes.tables(), pool)
 
     def memory_report(self) -> MemoryReport:
         """Bytes that it holds and ever will; see `World.memory_report`, which says it before."""
         scratch = self.view.nbytes
-        return self.world.memory_of(self.settings, self.context, scratch, self._history_bytes)
+        given = sum(block.latents.nbytes for block in self.now.given)
+        return self.world.memory_of(
+            self.settings, self.context, scratch, self._history_bytes, given
+        )
 
     def close(self) -> None:
         """Give the pages back to the world."""
@@ -624,7 +640,7 @@ class Session:
             block=now.block + 1,
             frame=frame,
             held=_heeded(now.held, frame),
-            asked_before=now.asked,
+            asked_before=now.asked.bare(),
             pose=made.poses[-1] if made.poses else now.pose,
             changes=(),
             past=(*now.past[max(0, len(now.past) + 1 - PAST) :], played),

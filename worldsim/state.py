@@ -6,7 +6,7 @@ are all the same act, going on from one.
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,10 @@ class Asked:
 
     def same(self, other: "Asked") -> bool:
         return self.prompt == other.prompt and self.embeds is other.embeds
+
+    def bare(self) -> "Asked":
+        """Without keys and values, which are large, and which a world can make again."""
+        return replace(self, keys=(), values=())
 
 
 Change = Asked | Event  # what is done to a session between two blocks
@@ -116,7 +120,7 @@ class Played:
     """All that a block was made from, beside what came before it: enough to make it again.
 
     Attributes:
-        changes: what was done between the block before and this one, in order.
+        changes: what was done between the block before and this one, in order; prompts are bare.
         held: what was heard from the player.
         applied: see `Applied`.
         known: frames of it that were given.
@@ -137,12 +141,12 @@ class Moment:
     Attributes:
         block: number of the next block.
         frame: absolute index of its first latent frame.
-        asked: what is asked for from the next block on.
-        asked_before: what the newest block was made under.
+        asked: what is asked for from the next block on; in a snapshot it is bare.
+        asked_before: what the newest block was made under, bare.
         held: what was heard from the player, for the next block.
         origin: the same for all that began as one session did.
         pose: where the player is.
-        changes: what was done since the newest block.
+        changes: what was done since the newest block; prompts are bare.
         given: its first blocks, where it was given some.
         made: the newest committed blocks, which may be committed anew.
         past: how the newest blocks came to be.

@@ -5,11 +5,12 @@ Weights, the page pool and encoded prompts are shared by all sessions. Loading i
 """
 
 import warnings
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
+from threading import Lock
 from types import EllipsisType
 from typing import Any
 
@@ -28,7 +29,7 @@ from worldsim.config import Settings, WorldConfig
 from worldsim.controls import Control
 from worldsim.fingerprint import fingerprint
 from worldsim.loaded import Loaded
-from worldsim.memory import MemoryReport, report
+from worldsim.memory import LATENT_BYTES, MemoryReport, report
 from worldsim.models.autoencoder import (
     GROUP,
     SPACE,
@@ -42,17 +43,17 @@ from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.words import TextEncoder
 from worldsim.output import OUTPUTS, WorldOutput, as_output
 from worldsim.pictures import read_pictures
+from worldsim.prompts import Prompts, TextRows
 from worldsim.quantize import nbytes
 from worldsim.rollout import Noise, OnStep
 from worldsim.saving import load
 from worldsim.schedule import Cell
-from worldsim.script import Script, parse_prompts
+from worldsim.script import PromptSegment, Script, parse_prompts
 from worldsim.session import Session, check_recache, decode
 from worldsim.state import Asked, Block
 
-PROMPTS_KEPT = 32
+NOT_BOTH = "give a prompt or prompt_embeds, not both"
 
-TextRows = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 OnStepEnd = Callable[["World", int, float, dict[str, Any]], Any]
 
 
@@ -71,7 +72,8 @@ class World(Loaded):
         self._fingerprint: str | None = None
         self._strange: list[str] = []  # rules of schedules that it was warned of
         self._pools: dict[tuple[int, int], PagePool] = {}
-        self._texts: OrderedDict[str, TextRows] = OrderedDict()
+        self._pools_lock = Lock()  # streams may run on threads of their own
+        self._texts = Prompts()
         takes = transformer.config
         parts = {}
         if autoencoder is not None:
@@ -93,7 +95,8 @@ class World(Loaded):
     def _begin_anew(self) -> None:
         """Open sessions are told so when they go on."""
         self._fingerprint = None
-        self._pools.clear()
+        with self._pools_lock:
+            self._pools.clear()
         self._texts.clear()
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -114,16 +117,17 @@ class World(Loaded):
     def pool_of(self, size: tuple[int, int]) -> PagePool:
         """The page pool for pictures of (height, width), made when it is first asked for."""
         grid = self.transformer.grid(*self.latents_of(size, 1)[-2:])
-        if grid not in self._pools:
-            config = self.transformer.config
-            shape = PageShape(
-                layers=config.num_layers,
-                heads=config.num_attention_heads,
-                grid=grid,
-                head_dim=config.attention_head_dim,
-            )
-            self._pools[grid] = PagePool(shape, self.dtype, self.device)
-        return self._pools[grid]
+        with self._pools_lock:
+            if grid not in self._pools:
+                config = self.transformer.config
+                shape = PageShape(
+                    layers=config.num_layers,
+                    heads=config.num_attention_heads,
+                    grid=grid,
+                    head_dim=config.attention_head_dim,
+                )
+                self._pools[grid] = PagePool(shape, self.dtype, self.device)
+            return self._pools[grid]
 
     def latents_of(self, size: tuple[int, int], frames: int) -> tuple[int, ...]:
         """Shape ``[1, C, F, h, w]`` of a block for pictures of (height, width).
@@ -137,26 +141,25 @@ class World(Loaded):
         return (1, self.transformer.config.in_channels, frames, height, width)
 
     def text(self, prompt: str) -> TextRows:
-        """Cross-attention K/V of a prompt, computed once for each prompt.
+        """Cross-attention K/V of a prompt, computed once for as long as it is kept.
 
         Warns of words that this world passes over because it does not know them.
 
         Raises:
             ValueError: if the prompt has no word that this world knows, or it has no text encoder.
         """
-        if self.text_encoder is None:
+        encoder = self.text_encoder
+        if encoder is None:
             raise ValueError(
                 "this world has no text encoder: give prompt_embeds, or load it with base= "
                 "(a Wan2.1 folder)"
             )
-        if prompt not in self._texts:
-            with torch.inference_mode():
-                rows = self.text_encoder.encode(prompt)
-                self._texts[prompt] = self.transformer.encode_prompt(rows)
-            while len(self._texts) > PROMPTS_KEPT:
-                self._texts.popitem(last=False)
-        self._texts.move_to_end(prompt)
-        return self._texts[prompt]
+
+        @torch.inference_mode()
+        def encode() -> TextRows:
+            return self.transformer.encode_prompt(encoder.encode(prompt))
+
+        return self._texts.read(prompt, encode)
 
     @torch.inference_mode()
     def text_of(self, embeds: Tensor) -> TextRows:
@@ -165,8 +168,7 @@ class World(Loaded):
         Raises:
             ValueError: for another shape, or more rows than the world's text length.
         """
-        length = self.config.text_length if self.text_encoder is None else self.text_encoder.length
-        width = self.transformer.config.text_dim
+        length, width = self.text_length, self.transformer.config.text_dim
         if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
             raise ValueError(f"prompt_embeds must be [1, T, {width}], got {list(embeds.shape)}")
         missing = length - embeds.shape[1]
@@ -174,6 +176,11 @@ class World(Loaded):
             raise ValueError(f"prompt_embeds has {embeds.shape[1]} rows, more than {length}")
         padded = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
         return self.transformer.encode_prompt(padded.to(self.device, self.dtype))
+
+    @property
+    def text_length(self) -> int:
+        """Rows of an encoded prompt."""
+        return self.config.text_length if self.text_encoder is None else self.text_encoder.length
 
     def ask(
         self,
@@ -188,7 +195,7 @@ class World(Loaded):
             ValueError: for both, or for what `text` and `text_of` cannot read.
         """
         if prompt is not None and embeds is not None:
-            raise ValueError("give a prompt or prompt_embeds, not both")
+            raise ValueError(NOT_BOTH)
         words = self.config.prompt if prompt is None else prompt
         rows = [self.text(words) if embeds is None else self.text_of(embeds)]
         if settings.rows > 1:
@@ -256,45 +263,50 @@ class World(Loaded):
             ValueError: for what this world cannot do.
         """
         if window is not ... or sink is not None or positions is not None:
-            cache = self._windowed(cache, window, sink, positions)
+            if cache is not None:
+                raise ValueError("give a cache line, or window, sink and positions, not both")
+            cache = self.config.windowed(window, sink, positions).line()
         size = (height or self.config.height, width or self.config.width)
         self.latents_of(size, 1)
-        if pictures is not None:
-            if given is not None:
-                raise ValueError("give latents or pictures, not both")
-            given = self.encoded(read_pictures(pictures, size))
-        if given is not None and given.ndim != 5:
-            raise ValueError(f"given latents must be [1, C, F, h, w], got {list(given.shape)}")
-        if given is not None and independent_first_frame is None:
-            left_over = given.shape[2] % self.config.block_frames
-            independent_first_frame = True if left_over == 1 else None
+        begins = self._beginning(given, pictures, size)
+        frames = 0 if begins is None else begins.shape[2]
+        if independent_first_frame is None and frames % self.config.block_frames == 1:
+            independent_first_frame = True
         settings = self.settings(
             seed, steps, cache, schedule, guidance, negative_prompt, size, independent_first_frame,
             context_noise,
         )  # fmt: skip
-        unwanted = (negative_prompt, negative_prompt_embeds)
-        if settings.rows == 1 and unwanted != (None, None):
+        if settings.rows == 1 and (negative_prompt, negative_prompt_embeds) != (None, None):
             raise ValueError(
                 "a negative prompt does nothing without guidance: give guidance=3, say"
             )
-        frames = 0 if given is None else given.shape[2]
-        if (frames - settings.independent_first_frame) % self.config.block_frames and frames:
+        if frames and (frames - settings.independent_first_frame) % self.config.block_frames:
             raise ValueError(
                 f"given latents have {frames} frames, which are no whole blocks of "
                 f"{self.config.block_frames}"
             )
-        if given is not None and given.shape != self.latents_of(size, frames):
-            raise ValueError(
-                f"given latents must be {list(self.latents_of(size, frames))}, got "
-                f"{list(given.shape)}"
-            )
         asked = self.ask(settings, prompt, prompt_embeds, negative_prompt_embeds)
         session = self.open(settings, asked, history, noise)
-        while given is not None and given.shape[2]:
-            count = session.block_frames
-            session.give(given[:, :, :count])
-            given = given[:, :, count:]
+        while begins is not None and session.frame < frames:
+            session.give(begins[:, :, session.frame : session.frame + session.block_frames])
         return session
+
+    def _beginning(
+        self, given: Tensor | None, pictures: Any, size: tuple[int, int]
+    ) -> Tensor | None:
+        """Clean latents that a stream begins with, if any; see `session`."""
+        if pictures is not None:
+            if given is not None:
+                raise ValueError("give latents or pictures, not both")
+            return self.encoded(read_pictures(pictures, size))
+        if given is None:
+            return None
+        if given.ndim != 5:
+            raise ValueError(f"given latents must be [1, C, F, h, w], got {list(given.shape)}")
+        wanted = self.latents_of(size, given.shape[2])
+        if given.shape != wanted:
+            raise ValueError(f"given latents must be {list(wanted)}, got {list(given.shape)}")
+        return given
 
     def open(
         self, settings: Settings, asked: Asked, history: int = 0, noise: Noise | None = None
@@ -332,32 +344,6 @@ class World(Loaded):
             )
         source = from_pictures(pictures[None]).to(self.device, self.dtype)
         return self.autoencoder.encode(source)[0].float()
-
-    def _windowed(
-        self,
-        line: str | None,
-        window: int | EllipsisType | None,
-        sink: int | None,
-        positions: str | None,
-    ) -> str:
-        """A cache line out of the field's words for it."""
-        if line is not None:
-            raise ValueError("give a cache line, or window, sink and positions, not both")
-        block, own = self.config.block_frames, self.config.cache_config()
-        kept = own.sink if sink is None else sink
-        read: int | None
-        if window is ...:
-            read = None if own.recent is None else own.sink + own.recent + block
-        else:
-            read = window
-        if read is not None and read < kept + block:
-            raise ValueError(
-                f"cache: window={read} is too small for sink={kept} and a block of {block}; it "
-                f"needs at least {kept + block}"
-            )
-        recent = None if read is None else read - kept - block
-        said = {"sink": kept, "recent": recent, "positions": positions or own.positions}
-        return replace(own, **said).line()  # type: ignore[arg-type]
 
     def settings(
         self,
@@ -404,21 +390,41 @@ class World(Loaded):
             independent_first_frame=own.independent_first_frame if alone is None else alone,
         )
 
-    def memory_report(self, cache: str | None = None, history: int = 0) -> MemoryReport:
-        """Bytes that a session with this cache would ever hold; nothing is allocated for it.
+    def memory_report(
+        self,
+        cache: str | None = None,
+        history: int = 0,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        guidance: float | None = None,
+        schedule: str | None = None,
+        given: int = 0,
+    ) -> MemoryReport:
+        """Bytes that such a session would ever hold; nothing is allocated for it.
+
+        Args:
+            given: latent frames that it begins with. The others are those of `session`.
 
         Raises:
-            ValueError: for a cache that cannot be, or that this world does not support.
+            ValueError: for what cannot be, or what this world does not support.
         """
-        settings = self.settings(cache=cache)
-        pool = self.pool_of(settings.size)
-        context = Context(pool, settings.cache, self.actions.camera)
-        return self.memory_of(settings, context, None, history)
+        size = (height or self.config.height, width or self.config.width)
+        settings = self.settings(cache=cache, schedule=schedule, guidance=guidance, size=size)
+        context = Context(self.pool_of(size), settings.cache, self.actions.camera)
+        begins = LATENT_BYTES * prod(self.latents_of(size, given))
+        return self.memory_of(settings, context, None, history, begins)
 
     def memory_of(
-        self, settings: Settings, context: Context, scratch: int | None, history: int
+        self,
+        settings: Settings,
+        context: Context,
+        scratch: int | None,
+        history: int,
+        given: int = 0,
     ) -> MemoryReport:
-        """The same of a session's context, whose view takes ``scratch`` bytes."""
+        """The same of a session's context, whose view takes ``scratch`` bytes, and whose ``given``
+        latents so many."""
         tensors = (
             tensor
             for model in self._models().values()
@@ -426,10 +432,25 @@ class World(Loaded):
         )
         shape = self.latents_of(settings.size, self.config.block_frames)
         decoder = self.autoencoder
-        carry = 0 if decoder is None else decoder.carry_nbytes(*shape[-2:])
-        weights = sum(map(nbytes, tensors))
-        contexts = settings.rows * len(settings.schedule.lanes)
-        return report(context, shape, weights, carry, scratch, contexts, history)
+        return report(
+            context,
+            shape,
+            weights=sum(map(nbytes, tensors)),
+            carry=0 if decoder is None else decoder.carry_nbytes(*shape[-2:]),
+            scratch=scratch,
+            rows=settings.rows * len(settings.schedule.lanes),
+            history=history,
+            prompt=self.prompt_nbytes(settings.rows),
+            given=given,
+        )
+
+    def prompt_nbytes(self, rows: int) -> int:
+        """Of the keys and values that a session with so many rows asks for in words."""
+        sizes = self.transformer.config
+        width = sizes.num_attention_heads * sizes.attention_head_dim
+        one = 2 * sizes.num_layers * self.text_length * width * self.dtype.itemsize
+        # The world keeps each prompt's own; a guided session has a copy of both, side by side.
+        return one if rows == 1 else 2 * rows * one
 
     def stream(
         self,
@@ -446,6 +467,8 @@ class World(Loaded):
         negative_prompt: str | None = None,
         pictures: Any = None,
         record: str | Path | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
     ) -> Iterator[Block]:
         """Blocks of a new session, one by one, for ever or ``blocks`` many.
 
@@ -460,19 +483,22 @@ class World(Loaded):
             guidance, negative_prompt: see `session`.
             pictures: that it begins with, see `session`; they are its first blocks.
             record: a replay file (.wsrun) to write, see `Session.record`.
+            prompt_embeds, negative_prompt_embeds: in place of the prompts, see `session`.
 
         Everything is checked at the call, before the first block.
         """
         if blocks is not None and blocks < 1:
             raise ValueError(f"a stream needs at least one block, got {blocks}")
-        script = self.script(prompt, controls)
+        script = self.script(prompt, controls, prompt_embeds)
         settings = self.settings(seed, steps, cache, schedule, guidance, negative_prompt)
-        self.ask(settings, script.prompt(0))
+        words = script.prompt(0) if prompt_embeds is None else None
+        self.ask(settings, words, prompt_embeds, negative_prompt_embeds)
         size = (self.config.height, self.config.width)
         given = None if pictures is None else self.encoded(read_pictures(pictures, size))
         opened = partial(
-            self.session, script.prompt(0), seed, steps, cache, schedule,
+            self.session, words, seed, steps, cache, schedule,
             guidance=guidance, negative_prompt=negative_prompt, given=given,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
         )  # fmt: skip
         return self._blocks(opened, script, blocks, decoding, on_step, record)
 
@@ -482,18 +508,27 @@ class World(Loaded):
         return asynchronous(self.stream(*args, **options))
 
     def script(
-        self, prompt: str | None = None, controls: str | Sequence[Control] | None = None
+        self,
+        prompt: str | None = None,
+        controls: str | Sequence[Control] | None = None,
+        prompt_embeds: Tensor | None = None,
     ) -> Script:
-        """Prompts and controls over time as `stream` takes them.
+        """Prompts and controls over time as `stream` takes them; with embeddings there is one
+        prompt for ever, and it has no words.
 
         Raises:
             ValueError: for what this world does not know.
         """
-        segments = parse_prompts(
-            self.config.prompt if prompt is None else prompt, self.latents_per_second
-        )
-        for segment in segments:
-            self.text(segment.prompt)
+        if prompt_embeds is None:
+            segments = parse_prompts(
+                self.config.prompt if prompt is None else prompt, self.latents_per_second
+            )
+            for segment in segments:
+                self.text(segment.prompt)
+        elif prompt is not None:
+            raise ValueError(NOT_BOTH)
+        else:
+            segments = (PromptSegment("", 0),)
         wanted = self.config.controls if controls is None else controls
         if isinstance(wanted, str):
             states = self.actions.parse(wanted)
@@ -556,6 +591,8 @@ class World(Loaded):
         image: Any = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
     ) -> WorldOutput:
         """A clip in the call shape of diffusers' video pipelines.
 
@@ -567,7 +604,7 @@ class World(Loaded):
             callback_on_step_end: called as ``callback(world, step, timestep, {"latents": x0})``;
                 it only looks, what it returns is not used.
             image: that the clip begins with, see `session`.
-            guidance_scale, negative_prompt: see `session`.
+            guidance_scale, negative_prompt, prompt_embeds, negative_prompt_embeds: see `session`.
         """
         if output_type not in OUTPUTS:
             raise ValueError(
@@ -590,7 +627,8 @@ class World(Loaded):
         blocks = self.stream(
             prompt, controls, seed, count, num_inference_steps, cache,
             decoding=output_type != "latent", on_step=on_step, guidance=guidance_scale,
-            negative_prompt=negative_prompt, pictures=image,
+            negative_prompt=negative_prompt, pictures=image, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
         )  # fmt: skip
         hidden = bool(self._progress.get("disable"))
         console = Console(stderr=True)
