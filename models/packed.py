@@ -3,8 +3,10 @@
 torch's own linear reorders a half-precision weight at every call, as much work as a product of few
 rows; in float32 it takes sums apart differently on different numbers of threads. A packed weight
 does neither. It is a copy, made at the first call and kept beside the weight, so only weights up to
-`PACKED` numbers have one: larger ones come with more rows, beside which a reorder is little. Nor
-does it help `FEW_ROWS` in float32. Sizes and dtypes decide, never a timing.
+`PACKED` numbers have one: larger ones come with more rows, beside which a reorder is little. In
+float32 weights up to `SMALL` have none either: torch reads them faster where rows are few, and how
+many rows there are must not choose the kernel, since batches and ranks have to agree in their bits.
+Sizes and dtypes decide, never a timing.
 
 The copy belongs to one state of its weight: one that was moved, cast, trained or replaced is packed
 anew. What is written into ``weight.data`` nobody can see; `unpack` is for that.
@@ -19,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 PACKED = 1 << 20  # numbers of a weight that has a packed copy, at most
-FEW_ROWS = 32  # fewer wait for the weight to be read, which torch does well where it is float32
+SMALL = 1 << 18  # numbers of a float32 weight that is not worth one
 
 
 def _dtypes() -> tuple[torch.dtype, ...]:
@@ -52,7 +54,8 @@ class Linear(nn.Linear):
         """Whether its weight has a packed copy, once it was used on a CPU."""
         weight = self.weight
         plain = type(weight) is nn.Parameter  # a quantised one is of another kind
-        return plain and weight.numel() <= PACKED and weight.dtype in DTYPES
+        least = SMALL if weight.dtype == torch.float32 else 0
+        return plain and least < weight.numel() <= PACKED and weight.dtype in DTYPES
 
     def unpack(self) -> None:
         """Forget the packed copy."""
@@ -65,7 +68,6 @@ class Linear(nn.Linear):
             and x.device.type == self.weight.device.type == "cpu"
             and x.dtype == self.weight.dtype
             and self.packs()
-            and not _few(x.dtype, x.numel() // x.shape[-1])
             and not torch.is_autocast_enabled("cpu")
         )
 
@@ -94,10 +96,6 @@ class Linear(nn.Linear):
         return {k: v for k, v in self.__dict__.items() if k not in ("_copy", "_of")}
 
 
-def _few(dtype: torch.dtype, rows: int) -> bool:
-    return dtype == torch.float32 and rows < FEW_ROWS
-
-
 def unpack(model: nn.Module) -> None:
     """Forget the packed copies of a model whose weights were written to behind torch's back."""
     for module in model.modules():
@@ -105,8 +103,7 @@ def unpack(model: nn.Module) -> None:
             module.unpack()
 
 
-def packed_nbytes(model: nn.Module, rows: int) -> int:
-    """Bytes of all packed copies that a model on a CPU will have, after passes of so many rows."""
+def packed_nbytes(model: nn.Module) -> int:
+    """Bytes of all packed copies that a model on a CPU will have."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    weights = [linear.weight for linear in linears if linear.packs()]
-    return sum(weight.nbytes for weight in weights if not _few(weight.dtype, rows))
+    return sum(linear.weight.nbytes for linear in linears if linear.packs())

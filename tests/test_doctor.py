@@ -266,7 +266,7 @@ def test_it_does_not_fit(tmp_path: Path, monkeypatch, capfd) -> None:
     options = ("--world", "medium", "--dtype", "float32", "--memory", "280MiB", "--json", target)
     assert run(monkeypatch, *options) == 1
     first, second = capfd.readouterr().err.splitlines()
-    assert first == "worldsim: does not fit: 329.43 MiB needed, 280.00 MiB there"
+    assert first == "worldsim: does not fit: 293.34 MiB needed, 280.00 MiB there"
     assert second.startswith("what saves most: --dtype bfloat16 (")
     figures = json.loads(target.read_text())
     saves = [remedy["saves"] for remedy in figures["remedies"]]

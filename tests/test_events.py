@@ -105,7 +105,7 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and not x.is_mkldnn:  # weights in another order
                 storage = x.untyped_storage()
                 ref = StorageWeakRef(storage)
                 if ref.cdata not in self.weights:

@@ -28,7 +28,8 @@ dtypes = pytest.mark.parametrize("dtype", KINDS, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
+def _inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(packed, "SMALL", 0)  # small ones are quicker to test
     with torch.inference_mode():
         yield
 
@@ -67,8 +68,7 @@ def test_a_packed_product_is_the_product(dtype: torch.dtype, rows: int) -> None:
     assert apart(layer(x), exact(layer, x)) < KINDS[dtype]
     gelu = F.gelu(exact(layer, x), approximate="tanh")
     assert apart(layer.with_gelu(x), gelu) < KINDS[dtype]
-    # In float32 few rows go without.
-    assert (layer._copy is None) == (dtype == torch.float32 and 2 * rows < packed.FEW_ROWS)
+    assert layer._copy is not None
     with torch.enable_grad():  # torch's own
         assert apart(layer.with_gelu(x), gelu) < KINDS[dtype]
 
@@ -76,10 +76,7 @@ def test_a_packed_product_is_the_product(dtype: torch.dtype, rows: int) -> None:
 @pytest.mark.usefixtures("threads")
 @dtypes
 @pytest.mark.parametrize(("inputs", "outputs"), [(256, 1024), (1024, 256), (384, 384)])
-def test_threads_change_no_bit(
-    dtype: torch.dtype, inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packed, "FEW_ROWS", 0)
+def test_threads_change_no_bit(dtype: torch.dtype, inputs: int, outputs: int) -> None:
     layer = linear(inputs, outputs, dtype)
     for rows in (1, 2, 3, 16, 48, 100, 336):
         x, found = randn(rows, inputs).to(dtype), []
@@ -150,12 +147,14 @@ def test_who_goes_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16 and layer._copy is None
     monkeypatch.setattr(packed, "PACKED", 64 * 96 - 1)
-    assert packed.packed_nbytes(layer, 40) == 0
+    assert packed.packed_nbytes(layer) == 0
     layer(x)
     assert layer._copy is None
     monkeypatch.setattr(packed, "PACKED", 64 * 96)
-    assert packed.packed_nbytes(layer, 40) == layer.weight.nbytes
-    assert packed.packed_nbytes(layer, 31) == 0
+    assert packed.packed_nbytes(layer) == layer.weight.nbytes
+    monkeypatch.setattr(packed, "SMALL", 64 * 96)
+    assert packed.packed_nbytes(layer) == 0 < packed.packed_nbytes(linear(dtype=torch.bfloat16))
+    monkeypatch.setattr(packed, "SMALL", 0)
     monkeypatch.setattr(packed, "DTYPES", ())
     layer(x)
     assert layer._copy is None
@@ -164,9 +163,8 @@ def test_who_goes_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("threads")
 @dtypes
 def test_a_world_is_the_same_on_one_thread_and_on_two(
-    make_world: MakeWorld, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    make_world: MakeWorld, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(packed, "FEW_ROWS", 0)
     made = []
     for count in (1, 2):
         torch.set_num_threads(count)
@@ -179,7 +177,6 @@ def test_a_world_is_the_same_on_one_thread_and_on_two(
 def test_a_world_packed_is_the_world(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "FEW_ROWS", 0)
     made = []
     for kinds in ((), packed.DTYPES):
         monkeypatch.setattr(packed, "DTYPES", kinds)

@@ -113,7 +113,7 @@ def forecast(
     decode, pictures = _decoding(world, settings)
     return Forecast(
         weights=_weights(world),
-        packed=_packed(world, context, settings.rows, torch.device(device)),
+        packed=packed_nbytes(world.transformer) if torch.device(device).type == "cpu" else 0,
         kept=world.memory_of(settings, context, None, history=0),
         prompt=_prompt(world, settings),
         pictures=pictures,
@@ -137,13 +137,6 @@ def _weights(world: World) -> dict[str, int]:
         for name, model in models.items()
         if model is not None
     }
-
-
-def _packed(world: World, context: Context, rows: int, device: torch.device) -> int:
-    if device.type != "cpu":
-        return 0
-    tokens = world.config.block_frames * context.pool.shape.tokens
-    return packed_nbytes(world.transformer, rows * tokens)
 
 
 def _prompt(world: World, settings: Settings) -> int:
