@@ -99,9 +99,10 @@ def run(options: BenchPlayOptions) -> None:
         check_writable(options.json)
     world = playable(options.play)
     told = {}
-    for name, late_latching in (("late latching", True), ("without", False)):
-        play = replace(options.play, late_latching=late_latching)
-        told[name] = visit(world, play, options.presses).figures()
+    with chromium() as browser:
+        for name, late_latching in (("late latching", True), ("without", False)):
+            play = replace(options.play, late_latching=late_latching)
+            told[name] = visit(browser, world, play, options.presses).figures()
     one, other = told.values()
     ratio = one["key to picture"][1] / max(1e-9, other["key to picture"][1])
     rows = [[name, *(_shown(figures[name]) for figures in told.values())] for name in one]
@@ -119,13 +120,14 @@ def _shown(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def visit(world: World, options: PlayOptions, presses: int) -> Run:
+def visit(browser: Any, world: World, options: PlayOptions, presses: int) -> Run:
     """Play for a while in a browser."""
     with ExitStack() as stack:
         sock = stack.enter_context(listening("127.0.0.1", 0))
         room = stack.enter_context(opened(world, options))
         url = stack.enter_context(background(build(room, options), sock))
-        page = stack.enter_context(chromium()).new_page()
+        page = browser.new_page()
+        stack.callback(page.close)
         page.goto(url)
         page.wait_for_selector('.badge[data-state="live"]')
         page.wait_for_timeout(1e3 * WARM)

@@ -191,13 +191,16 @@ class Connection:
                 await self._send(player, *taken)
 
     async def _send(self, player: Player, ready: Ready, due: float) -> None:
-        pacer, count = player.pacer, len(ready.pictures)
-        for index, data in enumerate(ready.pictures):
+        pacer, count = player.pacer, ready.count
+        for index in range(count):
             if (left := pacer.at(due, index) - player.clock()) > SOON:
                 await asyncio.sleep(left)
             now = player.clock()
             if not pacer.shows(now, due, index, count):
                 continue
+            while len(ready.pictures) <= index:
+                await asyncio.sleep(SOON)
+            data = ready.pictures[index]
             message = picture(
                 ready.kind, ready.run, ready.number + index, ready.block.index, ready.event,
                 ready.pose, ready.made, now, data, index == 0,

@@ -10,7 +10,7 @@ const canvas = $(".picture"), paper = canvas.getContext("2d", { alpha: false, de
 const map = $(".map"), chart = map.getContext("2d");
 const state = {
   socket: null, hello: null, opened: false, event: 0, held: new Set(), paused: false, run: 0,
-  next: null, number: -1, decoding: 0, drawing: false, dropped: 0, painted: [], applied: 0, block: 0, oldest: 0,
+  next: null, number: -1, drawing: false, dropped: 0, painted: [], applied: 0, block: 0, oldest: 0,
   path: [], pose: null, scrubbing: false, thumbs: {}, recording: false, log: null,
 };
 // For tests and measurements: what was painted when. Nothing is kept unless it is asked for.
@@ -19,7 +19,8 @@ window.worldsim = state;
 // --- the socket ---------------------------------------------------------------------------------
 function connect() {
   show("connecting", "Opening the world…");
-  const socket = new WebSocket(address);
+  let socket;
+  try { socket = new WebSocket(address); } catch { return slow(); }
   socket.binaryType = "arraybuffer";
   state.socket = socket;
   state.hello = null;
@@ -117,14 +118,14 @@ async function picture(data, received) {
 }
 
 const after = new MessageChannel(); // its message comes once the browser has painted what was drawn
-let drawn = [];
+const drawn = [];
 after.port1.onmessage = () => {
   const now = performance.now();
-  for (const told of drawn) {
+  for (const told of drawn.splice(0)) {
     send("ack", { number: told.number, received: told.received, painted: now });
     if (state.log) state.log.push({ number: told.number, run: told.run, block: told.block, event: told.event, received: told.received, painted: now, pixels: told.pixels });
+    setTimeout(painted, 0, told, now); // what may wait
   }
-  drawn = [];
 };
 
 function draw() {
@@ -137,12 +138,14 @@ function draw() {
   if (state.log) told.pixels = hash(paper.getImageData(0, 0, canvas.width, canvas.height).data);
   drawn.push(told);
   after.port2.postMessage(0);
-  const now = performance.now();
-  state.painted.push(now);
-  while (state.painted[0] < now - 2000) state.painted.shift();
   state.number = told.number;
   state.run = told.run;
   state.applied = told.event;
+}
+
+function painted(told, now) {
+  state.painted.push(now);
+  while (state.painted[0] < now - 2000) state.painted.shift();
   if (told.first) {
     state.block = told.block;
     if (!Number.isNaN(told.pose[0])) { state.path.push([told.block, ...told.pose]); state.path.splice(0, state.path.length - 4096); plot(); }

@@ -9,7 +9,7 @@ import asyncio
 import base64
 import html
 import io
-from functools import partial
+from collections.abc import Callable, Coroutine
 from importlib.resources import files
 from typing import Any
 
@@ -46,52 +46,64 @@ def page(room: Room, root: str = "") -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(markup, js_on_load=text("page.js"), apply_default_css=False, elem_id="worldsim")
         with gr.Column(elem_id="worldsim-slow"):
-            slow(room)
+            Slow(room).lay_out(blocks)
     return blocks
 
 
-def slow(room: Room) -> None:
+class Slow:
     """The way without a WebSocket: a button a block."""
-    shown = gr.HTML(
-        "<p>Press a button: each one makes a block.</p>", elem_id="worldsim-slow-picture"
-    )
-    words = gr.Textbox(label="Prompt", value=room.world.config.prompt, max_length=500)
-    key = gr.State("")
-    with gr.Row():
-        for code in (*room.world.actions.keys, ""):
-            label = room.world.actions.labels.get(code, code) or "wait"
-            button = gr.Button(label, size="sm", min_width=80)
-            act = partial(_press, room, code)
-            button.click(
-                act, [key, words], [key, shown], show_progress="hidden", api_visibility="private",
-                concurrency_limit=None,
-            )  # fmt: skip
 
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._keys: dict[str, str] = {}  # of players, by Gradio's name of the page
 
-async def _press(room: Room, code: str, key: str, words: str) -> tuple[str, str]:
-    """One block under one key, as a moving picture."""
-    player = room.players.get(key)
-    if player is None:
-        try:
-            key, player = room.enter(lambda: None, late_latching=False)
-        except Full as error:
-            return "", f"<p>{html.escape(str(error))}: try again later.</p>"
-    held = frozenset([code] if code else [])
-    player.control(ControlState(buttons=held))
-    if words and words.strip() and words != player.asked:
-        player.prompt(words)
-    player.acknowledge_all()
-    until = asyncio.get_running_loop().time() + PATIENCE
-    while (taken := player.take(player.clock())) is None:
-        if player.ended or asyncio.get_running_loop().time() > until:
-            room.leave(key, "too slow")
-            return "", f"<p>{html.escape(player.ended or 'that took too long')}</p>"
-        await asyncio.sleep(0.005)
-    ready, _ = taken
-    notes = [told.data.get("text", "") for told in player.told() if told.kind == "notice"]
-    return key, _moving(ready.block.frames, player) + "".join(
-        f"<p>{html.escape(note)}</p>" for note in notes
-    )
+    def lay_out(self, blocks: gr.Blocks) -> None:
+        """The picture and its buttons."""
+        actions = self._room.world.actions
+        shown = gr.HTML("<p>Each press makes one block.</p>", elem_id="worldsim-slow-picture")
+        words = gr.Textbox(label="Prompt", value=self._room.world.config.prompt, max_length=500)
+        with gr.Row():
+            for code in (*actions.keys, ""):
+                label = actions.labels.get(code, code) or "wait"
+                gr.Button(label, size="sm", min_width=80).click(
+                    self._pressed(code), words, shown, show_progress="hidden",
+                    api_visibility="private", concurrency_limit=None,
+                )  # fmt: skip
+        blocks.unload(self._leave)
+
+    def _pressed(self, code: str) -> Callable[[str, gr.Request], Coroutine[Any, Any, str]]:
+        # A function of its own: of a partial one Gradio does not see that it wants the request.
+        async def press(words: str, request: gr.Request) -> str:
+            return await self._press(code, words, str(request.session_hash))
+
+        return press
+
+    def _leave(self, request: gr.Request) -> None:
+        self._room.leave(self._keys.pop(str(request.session_hash), ""), "the browser left")
+
+    async def _press(self, code: str, words: str, name: str) -> str:
+        """One block under one key, as a moving picture."""
+        clock = asyncio.get_running_loop().time
+        player = self._room.players.get(self._keys.get(name, ""))
+        if player is None:
+            try:
+                self._keys[name], player = self._room.enter(lambda: None, late_latching=False)
+            except Full as error:
+                return f"<p>{html.escape(str(error))}: try again later.</p>"
+        player.control(ControlState(buttons=frozenset([code] if code else [])))
+        if words.strip() and words != player.asked:
+            player.prompt(words)
+        player.acknowledge_all()
+        until = clock() + PATIENCE
+        while (taken := player.take(player.clock())) is None:
+            if player.ended or clock() > until:
+                why = player.ended or "that took too long"
+                self._room.leave(self._keys.pop(name), why)
+                return f"<p>{html.escape(why)}</p>"
+            await asyncio.sleep(0.005)
+        notes = [told.data["text"] for told in player.told() if told.kind == "notice"]
+        said = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+        return _moving(taken[0].block.frames, player) + said
 
 
 def _moving(frames: Any, player: Player) -> str:

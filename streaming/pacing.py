@@ -1,5 +1,10 @@
 """When pictures are due: a deadline clock at the world's rate."""
 
+from collections import deque
+
+WATCHED = 8  # blocks
+IDLE = 0.007  # seconds from receiving a picture to its being painted, where nothing is waited for
+SLEW = 0.001  # seconds by which one deadline is moved at most
 LATE = 0.5  # of a period: a picture that leaves later than this after it was due is a late one
 
 
@@ -24,6 +29,7 @@ class Pacer:
         self.pictures = 0
         self.late = 0
         self.dropped = 0
+        self._waited: deque[float] = deque(maxlen=WATCHED)
 
     def begin(self, now: float, pictures: int) -> float:
         """A block's first picture is shown now; returns when it was due."""
@@ -49,6 +55,17 @@ class Pacer:
         if index and now - wanted > LATE * self.period:
             self.late += 1
         return True
+
+    def follow(self, waited: float) -> None:
+        """A block's first picture lay for so long in the browser before the screen's next frame.
+
+        Where all of late did, blocks come too early for nothing: deadlines move, a little each
+        time, to just before the screen's own. Pictures are seen when they were, and heed what is
+        done until later. Where the network is not steady some wait for nothing, and nothing moves.
+        """
+        self._waited.append(waited)
+        if self.due is not None and len(self._waited) == WATCHED:
+            self.due += min(SLEW, max(0.0, min(self._waited) - IDLE))
 
     def stop(self) -> None:
         """Nothing is due until the next block comes."""

@@ -15,6 +15,7 @@ restoring the snapshot taken before it is all there is to do.
 """
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -53,7 +54,8 @@ class Ready:
     Attributes:
         run: grows with every reset, rewind and change of branch; pictures of another run are old.
         number: of its first picture, over all runs.
-        pictures: encoded, in order.
+        pictures: encoded, in order; the first is there at once, the others a moment later.
+        count: how many there will be.
         heeded: the controls that it is the first to heed.
         event: the newest control that it heeds.
         pose: at its end, or None.
@@ -65,6 +67,7 @@ class Ready:
     block: Block
     number: int
     pictures: list[bytes]
+    count: int
     kind: int
     heeded: tuple[tuple[ControlState, float], ...]
     event: int
@@ -195,7 +198,7 @@ class Player:
     def acknowledge(self, number: int, received: float, painted: float) -> None:
         """The player's browser has painted picture ``number``, by its own clock (seconds)."""
         with self._lock:
-            ready = next((r for r in self._sent if 0 <= number - r.number < len(r.pictures)), None)
+            ready = next((r for r in self._sent if 0 <= number - r.number < r.count), None)
             if ready is None:
                 return
             while self._sent.popleft() is not ready:
@@ -204,6 +207,8 @@ class Player:
                 self._seen = ready.block.index
                 self._allowed = self.clock()
             self.counts.applied += len(ready.heeded)
+            if number == ready.number:
+                self.pacer.follow(painted - received)
         for state, arrived in ready.heeded:
             if state.event_id and arrived < NEVER:
                 key = state.t_client / 1e3
@@ -254,7 +259,7 @@ class Player:
             if ready is None or self.paused:
                 return None
             self._ready = None
-            due = self.pacer.begin(now, len(ready.pictures))
+            due = self.pacer.begin(now, ready.count)
             ready.sent = now
             self._before = None
             self._shown.append(ready)
@@ -371,7 +376,7 @@ class Player:
             self._begin(self.course.seed)
             return
         encoding = self.clock()
-        pictures = [self._encode(picture) for picture in block.frames]
+        pictures = [self._encode(block.frames[0])]
         done = self.clock()
         work = {"denoise": block.timings["denoise"], "decode": block.timings["decode"]}
         work["encode"] = done - encoding
@@ -382,26 +387,31 @@ class Player:
         for state, _ in heeded:
             self._event = state.event_id or self._event
         ready = Ready(
-            self._run, block, self._number, pictures, self._encode.kind, heeded, self._event, pose,
-            work, done,
+            self._run, block, self._number, pictures, len(block.frames), self._encode.kind, heeded,
+            self._event, pose, work, done,
         )  # fmt: skip
-        self._number += len(pictures)
+        self._number += ready.count
         self._took.append(done - wanted)
         with self._lock:
             self._ready = ready
+        self.changed()
+        pictures += [self._encode(picture) for picture in block.frames[1:]]
         self._look_around()
         self.counts.made += 1
-        self.changed()
 
     def _heeds(self, state: ControlState) -> bool:
         """Whether the session took a control; if not, the player is told why."""
         if self.course.replaying:
             return False
         try:
-            self.course.session.control(state=state)
+            with warnings.catch_warnings(record=True) as passed_over:
+                warnings.simplefilter("always")
+                self.course.session.control(state=state)
         except ValueError as error:
             self.tell("notice", text=str(error))
             return False
+        for warning in passed_over:
+            self.tell("notice", text=str(warning.message))
         return True
 
     def _look(self, cell: Cell, x0: Tensor) -> None:

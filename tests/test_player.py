@@ -171,6 +171,18 @@ def test_a_picture_is_dropped_once_the_next_is_due() -> None:
     assert (pacer.pictures, pacer.dropped, pacer.late) == (3, 1, 1)
 
 
+def test_deadlines_follow_the_screen() -> None:
+    pacer = Pacer(10)
+    shifts = []
+    for waited in [0.015] * 20 + [0.015, 0.004] * 8:
+        pacer.begin(pacer.due or 1.0, 4)
+        before = pacer.due or 0.0
+        pacer.follow(waited)
+        shifts.append((pacer.due or 0.0) - before)
+    assert shifts[:7] == [0.0] * 7 and shifts[10] == pytest.approx(0.001)
+    assert shifts[-5:] == [0.0] * 5, "some waited for nothing"
+
+
 # --- latency --------------------------------------------------------------------------------------
 def test_parts_of_a_trip_sum_to_what_the_player_felt() -> None:
     work = {"denoise": 0.020, "decode": 0.005, "encode": 0.001}
@@ -286,9 +298,10 @@ def test_an_unknown_prompt_is_told_and_nothing_ends(seat: Seat) -> None:
     player.prompt("zzzz qqqq")
     play(player, clock, 2)
     assert any("zzzz" in told.data.get("text", "") for told in player.told())
-    player.prompt("night")
+    player.prompt("night zzzz")
     play(player, clock, 2)
-    assert player.asked == "night"
+    assert player.asked == "night zzzz"
+    assert any("passed over zzzz" in told.data.get("text", "") for told in player.told())
 
 
 def test_pause_makes_nothing_and_resume_goes_on(seat: Seat, world: World) -> None:
