@@ -67,7 +67,7 @@ def gathered(world: World, folder: str | Path) -> Session:
             parts.append(load(
                 world, file, lambda settings, asked, lanes=lanes: Session(  # type: ignore[misc]
                     world, settings, asked, lanes=lanes
-                ),
+                ), whole=False,
             ))  # fmt: skip
         taken = [part.snapshot() for part in parts]
         whole = Session(world, parts[0].settings, parts[0].asked)

@@ -163,26 +163,27 @@ class Ranks:
 
     def _look(self) -> None:
         """On a thread of its own: notice the first thing that goes wrong, and end everybody."""
-        while True:
-            sentinels = {p.sentinel: rank for rank, p in enumerate(self._processes)}
-            alive = [p.sentinel for p in self._processes if p.exitcode is None]
-            if not alive:
-                break
+        try:
+            self._failure = self._found()
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            self._failure = Failure(0, 0, f"cannot be watched any more ({error})")
+        finally:
+            for process in self._processes:
+                if process.exitcode is None and self._failure is not None:
+                    process.kill()
+                process.join()
+            self._over.set()
+
+    def _found(self) -> Failure | None:
+        """What goes wrong; None where every rank ends well."""
+        while alive := [p.sentinel for p in self._processes if p.exitcode is None]:
             wait(alive, LOOK)
-            dead = [rank for rank in sentinels.values() if self._processes[rank].exitcode]
+            dead = [rank for rank, process in enumerate(self._processes) if process.exitcode]
             silent = self._watch.listen()
             if dead or silent is not None:
-                self._failure = self._blame(dead, silent)
-                break
-        if self._failure is None:
-            codes = [process.exitcode for process in self._processes]
-            dead = [rank for rank, code in enumerate(codes) if code]
-            self._failure = self._blame(dead, None) if dead else None
-        for process in self._processes:
-            if process.exitcode is None and self._failure is not None:
-                process.kill()
-            process.join()
-        self._over.set()
+                return self._blame(dead, silent)
+        dead = [rank for rank, process in enumerate(self._processes) if process.exitcode]
+        return self._blame(dead, None) if dead else None
 
     def _blame(self, dead: list[int], silent: int | None) -> Failure:
         if silent is not None and not dead:

@@ -127,6 +127,8 @@ class Rank:
             self.world = run.opener(share)
             if run.rehearse is not None:
                 rehearse(self.world, run.rehearse)
+            if run.saves is not None or run.resume is not None:
+                _ = self.world.fingerprint  # now: words are read elsewhere from here on
             share_words(self.world, store, share)
             self.settings: Settings = self.world.settings(**run.settings)
             script = None

@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from worldsim.apps.opening import open_share
 from worldsim.maze.recipe import TINY
 from worldsim.share import shares
 from worldsim.state import Block
+from worldsim.streaming.kept import gathered
 from worldsim.streaming.launch import Ranks
 from worldsim.streaming.ranks import Run
 from worldsim.wavefront import spread
@@ -95,3 +98,38 @@ def test_in_bfloat16_too(folder: str, world: World) -> None:
     for name in ("tpp", "hiar"):
         with opened(folder, world, name, 2, 2, "bfloat16") as running:
             alike(list(running.blocks()), serial(half, name, 2))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("tpp", 2), ("tpp", 4), ("hiar", 3), ("ring", 2)])
+def test_a_run_goes_on_from_its_saved_state(
+    folder: str, world: World, tmp_path: Path, name: str, ranks: int
+) -> None:
+    expected, saves = serial(world, name, 3), str(tmp_path)
+    with opened(folder, world, name, 3, ranks, blocks=5, saves=saves, every=2) as first:
+        assert all(map(torch.equal, *latents(list(first.blocks()), expected[:5])))
+    states = sorted(path.name for path in tmp_path.iterdir())
+    assert states == ["block-000002", "block-000004"]
+    state = str(tmp_path / "block-000002")
+    with opened(folder, world, name, 3, ranks, resume=state) as again:
+        made = list(again.blocks())
+    assert [block.index for block in made] == [2, 3, 4, 5]
+    for mine, theirs in zip(made, expected[2:], strict=True):
+        assert torch.equal(mine.latents, theirs.latents) and (mine.frames == theirs.frames).all()
+    if name == "ring":  # whose ranks have some layers each
+        return
+    with gathered(world, state) as session:  # and one process can do it as well
+        assert (session.block, session.decoded) == (2, 2)
+        script = world.script(PROMPTS, SCRIPT)
+        for theirs in expected[2:]:
+            block = session.decode(session.denoise(session.follow(script)))
+            assert torch.equal(block.latents, theirs.latents)
+            assert (block.frames == theirs.frames).all()
+    (tmp_path / "block-000002" / "rank-1.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks the state of some ranks"):
+        gathered(world, state)
+    with pytest.raises(ValueError, match="holds no complete state"):
+        gathered(world, str(tmp_path))
+
+
+def latents(made: list[Block], expected: list[Block]) -> tuple[list[Tensor], list[Tensor]]:
+    return [block.latents for block in made], [block.latents for block in expected]

@@ -70,9 +70,15 @@ def save(session: "Session", path: str | Path) -> None:
 
 
 def load(
-    world: "World", path: str | Path, open_session: Callable[[Settings, Asked], "Session"]
+    world: "World",
+    path: str | Path,
+    open_session: Callable[[Settings, Asked], "Session"],
+    whole: bool = True,
 ) -> "Session":
     """A session that goes on where a saved one stood.
+
+    ``whole``: False where it was saved by a rank that had a share of the world only, which has
+    another fingerprint.
 
     Raises:
         ValueError: for a file that is none, is damaged, or is of another world.
@@ -82,7 +88,7 @@ def load(
             told = json.loads((file.metadata() or {}).get(HEADER, "null"))
             if not isinstance(told, dict) or told.get("format") != FORMAT:
                 raise ValueError(f"{path} holds no session that this version reads")
-            _check(world, told, path)
+            _check(world, told, path, whole)
             tensors = {
                 name: file.get_tensor(name).to(world.device)
                 for name in file.keys()  # noqa: SIM118  # it is no dict
@@ -94,11 +100,11 @@ def load(
         raise ValueError(f"{path} is damaged or no session: {error!r}") from None
 
 
-def _check(world: "World", told: dict[str, Any], path: str | Path) -> None:
+def _check(world: "World", told: dict[str, Any], path: str | Path, whole: bool) -> None:
     dtype, own = told["settings"]["fields"]["dtype"], str(world.dtype).removeprefix("torch.")
     if dtype != own:
         raise ValueError(f"{path} was saved in {dtype}: load the world in it, not in {own}")
-    if told["fingerprint"] != world.fingerprint:
+    if whole and told["fingerprint"] != world.fingerprint:
         raise ValueError(
             f"{path} is of a world {told['world']!r} with other weights or another world.json than "
             f"{world.config.name!r} here"
