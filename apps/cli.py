@@ -446,6 +446,13 @@ def doctor(
     preset: Annotated[
         str | None, typer.Option(help="How it is run, where it does not say: self-forcing, …")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Of a generator's file: Wan2.1 folder or hub id, as in convert."),
+    ] = None,
+    decoder: Annotated[
+        Path | None, typer.Option(help="A tiny decoder's file, in place of the world's own.")
+    ] = None,
     device: Device = "cpu",
     memory: Annotated[
         str | None, typer.Option(help="That there is, e.g. 24GiB; default: what is free here.")
@@ -456,7 +463,11 @@ def doctor(
     with _loading():
         from worldsim.apps.doctor import DoctorOptions, run
 
-    run(DoctorOptions(world, cache, (height, width), dtype, preset, device, memory, json))
+    run(
+        DoctorOptions(
+            world, cache, (height, width), dtype, preset, device, memory, json, base, decoder
+        )
+    )
 
 
 @app.command(epilog="Example:  worldsim sheet maze.png --seed 3")

@@ -21,4 +21,4 @@ def _config(name: str) -> WorldConfig:
         from worldsim.apps import medium
 
         return medium.random_world(medium.MADE[name], "auto", "cpu").config
-    return config_of(locate(name), None)
+    return config_of(locate(name, only_configs=True), None)

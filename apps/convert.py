@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from worldsim.apps.opening import DTYPES
+from worldsim.blueprint import check_base
 from worldsim.bundle import locate
 from worldsim.folder import TRANSFORMER, write_folder
 from worldsim.single_file import read_single_file
@@ -33,7 +34,8 @@ def run(
         size: height and width of a picture; None is the preset's.
 
     Raises:
-        ValueError: for what cannot be read, or an ``out`` that is there already.
+        ValueError: for what cannot be read, a base that lacks a part or does not fit, or an
+            ``out`` that is there already.
     """
     if out.exists():
         raise ValueError(f"{out} is there already: name a new folder")
@@ -46,6 +48,8 @@ def run(
     height, width = (a or b for a, b in zip(size, (settings.height, settings.width), strict=True))
     settings = replace(settings, height=height, width=width)
     World(settings, transformer)  # refuses a size that the model cannot make
+    if folder is not None:
+        check_base(settings, transformer, folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         written = Path(scratch) / out.name

@@ -42,6 +42,8 @@ class DoctorOptions:
     device: str
     memory: str | None
     json: Path | None
+    base: str | None = None
+    decoder: Path | None = None
 
 
 def run(options: DoctorOptions) -> None:
@@ -176,16 +178,22 @@ def opened(options: DoctorOptions, dtype: torch.dtype | None) -> World:
     Raises:
         ValueError: for a world or a preset that is not there.
     """
+    if options.base is not None and not _is_generator(options.world):
+        raise ValueError("--base is for a generator's file: a folder has its own")
     if options.world in MADE:
         from worldsim.apps import medium
 
-        if options.preset is not None:
-            raise ValueError(f"{options.world!r} is made, not loaded: leave out --preset")
+        for name in ("preset", "decoder"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{options.world!r} is made, not loaded: leave out --{name}")
         return medium.random_world(medium.MADE[options.world], dtype or "auto", "cpu")
     if _is_generator(options.world):
-        return world_of_file(Path(options.world), options.preset or DEFAULT_PRESET, dtype)
+        base = None if options.base is None else locate(options.base, only_configs=True)
+        preset = options.preset or DEFAULT_PRESET
+        return world_of_file(Path(options.world), preset, dtype, base, options.decoder)
     assert dtype is not None
-    return world_of_folder(locate(options.world), dtype, options.preset)
+    folder = locate(options.world, only_configs=True)
+    return world_of_folder(folder, dtype, options.preset, options.decoder)
 
 
 def _is_generator(name: str) -> bool:
@@ -208,7 +216,7 @@ def remedies(
     if world.dtype.itemsize > torch.bfloat16.itemsize:
         found.append(("--dtype bfloat16", saved(opened(options, torch.bfloat16))))
     if (small := _with_tiny_decoder(world)) is not None:
-        found.append(("decoder='taew2_1.pth', a tiny one", saved(small)))
+        found.append(("--decoder taew2_1.pth, a tiny one", saved(small)))
     text = needed.weights.get("text encoder", 0)
     if options.device != "cpu":
         layers = [sum(x.nbytes for x in layer.parameters()) for layer in world.transformer.layers]

@@ -88,7 +88,7 @@ def outline(name: str) -> World:
         from worldsim.apps import medium
 
         return medium.random_world(medium.MADE[name], dtype, "cpu")
-    return world_of_folder(locate(name), dtype)
+    return world_of_folder(locate(name, only_configs=True), dtype)
 
 
 def costs_of(options: SimulateOptions, world: World, latents: tuple[int, ...]) -> Costs:

@@ -7,12 +7,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -237,6 +239,43 @@ def test_a_generator_alone(dtype: torch.dtype | None) -> None:
     assert list(told.weights) == ["transformer"] and told.passes["decode"] == 0
 
 
+def test_a_generator_with_a_base_and_a_tiny_decoder(family: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.safetensors"
+    save_file(TinyDecoder(16, (16, 8, 8, 8)).state_dict(), file)
+    for tiny in (None, file):
+        loaded = World.from_single_file(GENERATOR, base=family, decoder=tiny)
+        empty = world_of_file(GENERATOR, "self-forcing", None, family, tiny)
+        told = forecast(empty, size=(64, 96))
+        assert told == forecast(loaded, size=(64, 96))
+        assert list(told.weights) == ["transformer", "decoder", "text encoder"]
+        folder = world_of_folder(family, torch.float32, tiny=tiny)
+        assert forecast(folder).weights == told.weights
+
+
+def test_only_configs_are_fetched(family: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    """Of a hub id: no weights and no tokenizer, neither for a world nor for a base."""
+    asked = []
+
+    def snapshot_download(hub_id: str, allow_patterns: list[str] | None) -> str:
+        asked.append(hub_id)
+        there = tmp_path / hub_id.replace("/", "-")
+        for file in family.rglob("*"):
+            name = file.relative_to(family)
+            if file.is_file() and any(fnmatch(str(name), wanted) for wanted in allow_patterns):
+                (there / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, there / name)
+        return str(there)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    size = ("--height", "64", "--width", "96")
+    assert run(monkeypatch, "--world", "some/world", *size) == 0
+    assert run(monkeypatch, "--world", GENERATOR, "--base", "some/base", *size) == 0
+    out = capfd.readouterr().out
+    assert out.count("weights: decoder") == 2 and asked == ["some/world", "some/base"]
+    fetched = {file.name for file in tmp_path.rglob("*") if file.is_file()}
+    assert fetched == {"world.json", "model_index.json", "config.json", "scheduler_config.json"}
+
+
 # --- the command ------------------------------------------------------------------------------
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     monkeypatch.setattr(sys, "argv", ["worldsim", "doctor", *map(str, arguments)])
@@ -295,6 +334,10 @@ def test_what_would_help_a_large_world(family: Path, monkeypatch, capfd) -> None
         (("--preset", "fast"), "unknown preset 'fast': choose self-forcing"),
         (("--world", str(GENERATOR), "--preset", "fast"), "unknown preset 'fast'"),
         (("--world", "medium", "--preset", "longlive"), "leave out --preset"),
+        (("--world", "medium", "--decoder", "taew2_1.pth"), "leave out --decoder"),
+        (("--base", "maze"), "--base is for a generator's file"),
+        (("--world", str(GENERATOR), "--base", "nowhere"), "no world 'nowhere'"),
+        (("--decoder", "nowhere.pth"), "there is no file nowhere.pth"),
         (("--height", "63"), "picture size 63×64 must be a multiple of 8"),
         (("--width", "0"), "picture size 64×0 must be a multiple of 8"),
         (("--width", "72"), "latent size 8×9 is not a multiple of patch"),

@@ -1,5 +1,7 @@
 """A complete folder of the family, tiny and of random weights: ours, diffusers', and both ways."""
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -209,3 +211,18 @@ def test_what_cannot_be_converted(
     done = worldsim("convert", *arguments)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_does_not_fit_writes_nothing(base: Path, tmp_path: Path) -> None:
+    lacking = shutil.copytree(base, tmp_path / "lacking")
+    next((lacking / "vae").glob("*.safetensors")).unlink()
+    other = shutil.copytree(base, tmp_path / "other")
+    config = json.loads((other / "text_encoder" / "config.json").read_text())
+    (other / "text_encoder" / "config.json").write_text(json.dumps({**config, "d_model": 48}))
+    for folder, said in (
+        (lacking, "has no vae/*.safetensors"),
+        (other, "width of a word is 48, but the models take 32"),
+    ):
+        done = worldsim("convert", GENERATOR, tmp_path / "out", "--base", folder)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["lacking", "other"]

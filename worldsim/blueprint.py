@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from worldsim.config import WorldConfig
 from worldsim.folder import (
     DECODER,
     TEXT,
+    TOKENIZER,
     TRANSFORMER,
     WAN_TEXT,
     WAN_TRANSFORMER,
@@ -29,8 +31,13 @@ from worldsim.presets import preset_config
 from worldsim.world import World
 
 
-def world_of_folder(folder: Path, dtype: torch.dtype, preset: str | None = None) -> World:
+def world_of_folder(
+    folder: Path, dtype: torch.dtype, preset: str | None = None, tiny: Path | None = None
+) -> World:
     """What `World.from_pretrained` would make of a folder; its weights need not be there.
+
+    Args:
+        preset, tiny: see `worldsim.folder.read_folder`; only a tiny decoder's file is read.
 
     Raises:
         ValueError: a config is missing, damaged, or does not fit; an unknown preset.
@@ -47,16 +54,24 @@ def world_of_folder(folder: Path, dtype: torch.dtype, preset: str | None = None)
     return World(
         config,
         transformer,
-        None if decoder is None else _decoder(decoder, dtype),
+        None if decoder is None and tiny is None else _decoder(decoder, dtype, tiny),
         None if text is None else _text_encoder(text, dtype, config.text_length),
     )
 
 
-def world_of_file(path: Path, preset: str, dtype: torch.dtype | None = None) -> World:
-    """What `World.from_single_file` would make of a generator's file alone.
+def world_of_file(
+    path: Path,
+    preset: str,
+    dtype: torch.dtype | None = None,
+    base: Path | None = None,
+    tiny: Path | None = None,
+) -> World:
+    """What `World.from_single_file` would make of a generator's file.
 
     Args:
         dtype: of the weights; None is the file's own.
+        base: a folder whose decoder and text encoder are meant; its weights need not be there.
+        tiny: a tiny decoder's file.
 
     Raises:
         ValueError: as `World.from_single_file`.
@@ -73,10 +88,41 @@ def world_of_file(path: Path, preset: str, dtype: torch.dtype | None = None) -> 
     if generator.text_len is not None:
         settings = replace(settings, text_length=generator.text_len)
     transformer = _made(CausalWanTransformer3DModel, generator.config, path)
-    return World(settings, cast(transformer, dtype or generator.tensors["proj_out.weight"].dtype))
+    kind = dtype or generator.tensors["proj_out.weight"].dtype
+    decoder, text = None if base is None else base / DECODER, None
+    if base is not None:
+        text = _text_encoder(base / TEXT, kind, settings.text_length)
+    alone = decoder is None and tiny is None
+    return World(
+        settings, cast(transformer, kind), None if alone else _decoder(decoder, kind, tiny), text
+    )
 
 
-def _decoder(folder: Path, dtype: torch.dtype) -> Decoder:
+def check_base(config: WorldConfig, transformer: CausalWanTransformer3DModel, base: Path) -> None:
+    """Whether a folder's decoder and text encoder are there and fit a generator.
+
+    Raises:
+        ValueError: a part is missing, damaged, or of other sizes.
+    """
+    tokenizer = [(TOKENIZER, "*.json")] if class_of(base / TEXT) == WAN_TEXT else []
+    for name, files in ((DECODER, "*.safetensors"), (TEXT, "*.safetensors"), *tokenizer):
+        if not any((base / name).glob(files)):
+            raise ValueError(f"{base} has no {name}/{files}: a base holds what a generator lacks")
+    dtype = transformer.proj_out.weight.dtype
+    World(
+        config,
+        transformer,
+        _decoder(base / DECODER, dtype),
+        _text_encoder(base / TEXT, dtype, config.text_length),
+    )
+
+
+def _decoder(folder: Path | None, dtype: torch.dtype, tiny: Path | None = None) -> Decoder:
+    if tiny is not None:
+        from worldsim.models.tiny_decoder import load_tiny_decoder
+
+        return load_tiny_decoder(tiny, dtype)
+    assert folder is not None
     if class_of(folder) != WAN_VAE:
         return cast(_empty(CausalAutoencoder, folder), dtype)
     from diffusers import AutoencoderKLWan

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+CONFIGS = ["world.json", "model_index.json", "*/config.json", "scheduler/*.json"]
 BUNDLED = ("maze", "maze-short")
 _BF16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
@@ -17,8 +18,10 @@ def auto_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if any(has) else torch.float32
 
 
-def locate(source: str) -> Path:
+def locate(source: str, only_configs: bool = False) -> Path:
     """Folder of a bundled world, of a path, or of a hub id (downloaded).
+
+    ``only_configs``: nothing else is downloaded, no weights and no tokenizer.
 
     Raises:
         ValueError: saying what would be accepted.
@@ -31,17 +34,17 @@ def locate(source: str) -> Path:
     if folder.is_dir():
         return folder
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return _download(source)
+        return _download(source, CONFIGS if only_configs else None)
     raise ValueError(
         f"no world {source!r}: give 'maze', 'maze-short', a world folder, or a hub id (owner/name)"
     )
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, only: list[str] | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id))
+        return Path(snapshot_download(hub_id, allow_patterns=only))
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
