@@ -36,7 +36,8 @@ def shipped() -> set[str]:
     files = {"worldsim/py.typed": ROOT / "worldsim" / "py.typed"}
     for folder in PACKAGES:
         inside = "worldsim" if folder == "worldsim" else f"worldsim/{folder}"
-        files |= {f"{inside}/{path.name}": path for path in (ROOT / folder).glob("*.py")}
+        for kind in ("*.py", "page.*"):
+            files |= {f"{inside}/{path.name}": path for path in (ROOT / folder).glob(kind)}
     weights = ROOT / "maze" / "weights"
     files |= {
         f"worldsim/maze/weights/{path.relative_to(weights).as_posix()}": path
