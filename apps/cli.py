@@ -44,7 +44,8 @@ Controls = Annotated[
     str | None, typer.Option(help="Script of latent frames: 'W*12 WJ*4'; see `worldsim controls`.")
 ]
 Seconds = Annotated[
-    float | None, typer.Option(help="Length; default: the script, else 20 seconds.")
+    float | None,
+    typer.Option(help="Length; default: the script, or the prompts' own, else 20 seconds."),
 ]
 Scale = Annotated[int, typer.Option(help="Enlarge every pixel; default: up to 256 lines.")]
 Json = Annotated[Path | None, typer.Option(help="Also write the figures here.")]
@@ -312,7 +313,7 @@ def evaluate(
     ] = False,
     measure: Annotated[
         list[str] | None,
-        typer.Option(help="rollout, forks, returning, prompts, minute; default: all."),
+        typer.Option(help="Of rollout, forks, returning, prompts, minute; default: all."),
     ] = None,
     states: Annotated[int, typer.Option(help="Held-out walks for each measure.")] = 100,
     processes: Annotated[
@@ -333,6 +334,7 @@ def evaluate(
         from worldsim.apps.setting import every
         from worldsim.apps.tables import table as rows_of
 
+    measures = tuple(name.strip() for said in measure or () for name in said.split(","))
     worlds = world or ["maze"]
     if table is None:
         settings = every(
@@ -344,7 +346,7 @@ def evaluate(
         settings = [row for name in worlds for row in rows_of(table, name)]
     run(
         EvaluateOptions(
-            tuple(settings), tuple(measure or ()), states, device, processes, self_test, sheet,
+            tuple(settings), measures, states, device, processes, self_test, sheet,
             json, markdown,
         )
     )  # fmt: skip

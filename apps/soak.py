@@ -1,7 +1,5 @@
 """`worldsim soak`: stream for ever, and fail where memory grows or moves."""
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from rich.progress import track
 
 from worldsim.apps.opening import open_world
 from worldsim.apps.report import machine, print_table, write_json
+from worldsim.apps.resident import resident_mib
 from worldsim.apps.setting import Setting
 from worldsim.streaming.sinks import check_writable
 from worldsim.world import World
@@ -18,7 +17,6 @@ from worldsim.world import World
 WARM = 0.1  # share of the blocks after which nothing may grow any more
 ALLOWED_MIB = 16.0
 LOOKS = 200  # times that the resident size is read
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def soak(world: World, setting: Setting, blocks: int) -> dict[str, Any]:
         for block in track(range(blocks), "soak", console=Console(stderr=True)):
             session.step()
             if block >= first and (block - first) % max(1, blocks // LOOKS) == 0:
-                sizes.append(_resident_mib())
+                sizes.append(resident_mib())
                 now = (world.pool.addresses(), session.view.addresses())
                 places = places or now
                 if places != now:
@@ -97,14 +95,3 @@ def soak(world: World, setting: Setting, blocks: int) -> dict[str, Any]:
         "memory": promised.figures(),
         "machine": machine(),
     }
-
-
-def _resident_mib() -> float:
-    """Of this process; where the system does not say, its peak, which shows growth as well."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (MIB if sys.platform == "darwin" else 1024)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from worldsim.apps import stream_ranks
-from worldsim.apps.length import length
+from worldsim.apps.length import latents_asked, length
 from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.setting import Setting
 from worldsim.state import Block
@@ -95,8 +95,7 @@ def run(options: StreamOptions) -> None:
             f"{setting.world} has no decoder, so there is nothing to see: convert it with --base"
         )
     fps = world.config.fps if options.fps is None else options.fps
-    script = options.controls
-    latents = None if script is None else 1 + len(world.actions.parse(script))
+    latents = latents_asked(world, options.prompt, options.controls)
     pictures = length(options.seconds, latents, fps)
     count = world.blocks_for(pictures, None if options.image is None else True)
     blocks = planned = None

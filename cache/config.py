@@ -137,6 +137,10 @@ class CacheConfig:
                 )
         elif "recent" in fields and recent_said.frames != "all":
             recent = _count("recent", recent_said.frames)
+        if sink and not fields.keys() & {"window", "recent"}:
+            raise ValueError(
+                f"cache: beside sink={sink} say what else is kept: recent=9, or recent=all"
+            )
         mid = _count("mid", mid_said.frames)
         bank = BANK * mid if form in BANKED else 0
         if "bank" in fields:

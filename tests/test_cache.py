@@ -25,7 +25,7 @@ CLEAN = -1
     ("line", "block_frames", "config"),
     [
         ("recent=all", 3, CacheConfig()),
-        ("sink=2", 3, CacheConfig(sink=2)),
+        ("sink=2,recent=all", 3, CacheConfig(sink=2)),
         ("sink=2, recent=10", 3, CacheConfig(recent=10, sink=2)),
         ("recent=0,positions=packed", 1, CacheConfig(recent=0, positions="packed")),
         ("window=12,sink=3", 3, CacheConfig(recent=6, sink=3)),
@@ -45,6 +45,7 @@ def test_parse_and_round_trip(line: str, block_frames: int, config: CacheConfig)
         ("recent", "cannot read 'recent'"),
         ("recents=3", "cannot read 'recents=3'.*fields: sink, mid, bank, recent, window, pos"),
         ("sink=1,sink=2", "sink is given twice"),
+        ("sink=3", "beside sink=3 say what else is kept: recent=9, or recent=all"),
         ("window=9,recent=3", "give recent or window, not both"),
         ("recent=-1", "recent must be a whole number of latent frames, got '-1'"),
         ("recent=²", "recent must be a whole number of latent frames, got '²'"),

@@ -19,6 +19,8 @@ from conftest import MakeWorld
 from safetensors.torch import load_file, save_file
 
 from worldsim.apps import cli
+from worldsim.apps.length import latents_asked, length
+from worldsim.apps.resident import peak_mib, resident_mib
 from worldsim.maze.recipe import CPU
 from worldsim.world import World
 
@@ -332,3 +334,24 @@ def test_same_seed_same_latents_on_one_and_two_threads(
     for one, two in zip(*made, strict=True):
         assert torch.equal(one.latents, two.latents)
         assert np.array_equal(one.frames, two.frames)
+
+
+def test_measures_may_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("worldsim.apps.evaluate.run", lambda options: asked.append(options))
+    line = ["evaluate", "--measure", "returning, forks", "--measure", "minute"]
+    cli.app(line, standalone_mode=False)
+    assert asked[0].measures == ("returning", "forks", "minute")
+
+
+def test_a_stream_is_as_long_as_its_prompts(make_world: MakeWorld) -> None:
+    world = make_world()
+    assert latents_asked(world, "red brick[2s] | night[1s]", None) == 12
+    assert latents_asked(world, "red brick[2s] | night[1s]", "W*5") == 6
+    assert latents_asked(world, "red brick[2s] | night", None) is None
+    assert latents_asked(world, None, None) is None
+    assert length(None, 12, 16.0) == 45 and length(2.0, 12, 16.0) == 32
+
+
+def test_a_process_takes_memory() -> None:
+    assert 0 < resident_mib() <= peak_mib(torch.device("cpu")) + 1

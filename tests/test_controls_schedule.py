@@ -14,7 +14,7 @@ from worldsim.maze.actions import ACTIONS
 from worldsim.maze.simulator import KEYS, PICTURES_PER_LATENT, SPEED, MazeMaps, advance, trajectory
 from worldsim.noise import noise
 from worldsim.schedule import CLEAN, Cell, Schedule, levels, shift_table
-from worldsim.script import PromptSegment, parse_prompts
+from worldsim.script import PromptSegment, Script, parse_prompts
 from worldsim.world import World
 
 W, S, A, D, J, L = (frozenset({key}) for key in KEYS)
@@ -238,8 +238,17 @@ def test_prompts_over_time(text: str, segments: list[tuple[str, int, bool]] | No
         with pytest.raises(ValueError, match="needs a duration"):
             parse_prompts(text, 4.0)
         return
+    read = parse_prompts(text, 4.0)
     expected = tuple(PromptSegment(prompt, start, cut) for prompt, start, cut in segments)
-    assert parse_prompts(text, 4.0) == expected
+    assert tuple(replace(segment, end=None) for segment in read) == expected
+    assert [segment.end for segment in read[:-1]] == [segment.start for segment in read[1:]]
+
+
+def test_prompts_that_end_make_a_stream_as_long() -> None:
+    prompts = parse_prompts("red[4s] | night[2.5s]", 4.0)
+    assert Script(prompts, (), repeated=True).frames == 26
+    assert Script(prompts, (), repeated=False).frames == 1, "controls that are given come first"
+    assert Script(parse_prompts("red[4s] | night", 4.0), (), repeated=True).frames is None
 
 
 @pytest.mark.parametrize(
@@ -250,6 +259,8 @@ def test_prompts_over_time(text: str, segments: list[tuple[str, int, bool]] | No
         ("red[4]", r"'red\[4\]' needs a duration"),
         ("red[-1s] | night", r"'red\[-1s\]' needs a duration"),
         ("red[1.2.3s] | night", "'1.2.3' is not a number of seconds"),
+        ("red[0s] | night", r"'red\[0s\]' is too short to be seen: a latent frame is 0.25 s"),
+        ("red[4s] | night[0.1s]", r"'night\[0.1s\]' is too short"),
     ],
 )
 def test_prompt_errors_are_one_clear_line(text: str, message: str) -> None:

@@ -115,3 +115,9 @@ def test_embeddings_go_into_streams_and_calls() -> None:
         world.stream()
     with pytest.raises(ValueError, match="does nothing without guidance"):
         next(world.stream(prompt_embeds=embeds, negative_prompt_embeds=embeds))
+
+
+def test_a_block_is_told_in_one_line(make_world) -> None:
+    block = make_world().session("red brick").step()
+    told = "Block(index=0, start=0, latents=[1, 16, 1, 4, 6], frames=[1, 32, 48, 3], prompt="
+    assert repr(block) == f"{told}'red brick')".replace("16", str(block.latents.shape[1]))

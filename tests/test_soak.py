@@ -42,7 +42,7 @@ def test_pages_that_are_allocated_anew_are_told(
 
 def test_memory_that_grows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = iter(range(100, 10_000))
-    monkeypatch.setattr(soak, "_resident_mib", lambda: float(next(sizes)))
+    monkeypatch.setattr(soak, "resident_mib", lambda: float(next(sizes)))
     with pytest.raises(SystemExit, match="memory grew by"):
         soak.run(options(tmp_path))
 

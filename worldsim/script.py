@@ -16,11 +16,13 @@ AMOUNT = re.compile(r"(look|move|scroll)\((.*)\)", re.DOTALL)
 
 @dataclass(frozen=True)
 class PromptSegment:
-    """A prompt from latent frame ``start`` on; ``cut`` marks a scene change before it."""
+    """A prompt from latent frame ``start`` on; ``cut`` marks a scene change before it, and ``end``
+    is where it ends, if it says for how long it is."""
 
     prompt: str
     start: int
     cut: bool = False
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Script:
 
     @property
     def frames(self) -> int | None:
-        """Latent frames until the controls have been played; None where they have no end."""
-        return None if self.repeated else 1 + len(self.controls)
+        """Latent frames until the controls have been played, or where they have no end, until the
+        last prompt has; None where that has none either."""
+        return self.prompts[-1].end if self.repeated else 1 + len(self.controls)
 
     def prompt(self, frame: int) -> str:
         """The prompt at a latent frame."""
@@ -137,7 +140,8 @@ def parse_prompts(text: str, latents_per_second: float) -> tuple[PromptSegment, 
     The last duration may be left out. A text without ``|`` is one prompt for ever.
 
     Raises:
-        ValueError: for a segment before the last without a duration, or one that is no number.
+        ValueError: for a segment before the last without a duration, or one that is no number, or
+            too short to be seen.
     """
     segments: list[PromptSegment] = []
     start = 0.0
@@ -150,10 +154,17 @@ def parse_prompts(text: str, latents_per_second: float) -> tuple[PromptSegment, 
             raise ValueError(
                 f"prompt: {part.strip()!r} needs a duration, as in 'red brick[4s] | night[4s]'"
             )
-        segments.append(PromptSegment(prompt, round(start), bool(cut)))
+        first, end = round(start), None
         if seconds is not None:
             try:
                 start += float(seconds) * latents_per_second
             except ValueError:
                 raise ValueError(f"prompt: {seconds!r} is not a number of seconds") from None
+            end = round(start)
+            if end <= first:
+                raise ValueError(
+                    f"prompt: {part.strip()!r} is too short to be seen: a latent frame is "
+                    f"{1 / latents_per_second:g} s"
+                )
+        segments.append(PromptSegment(prompt, first, bool(cut), end))
     return tuple(segments)

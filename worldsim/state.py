@@ -76,7 +76,7 @@ class Applied:
         return tuple(state.buttons for state in self.controls)
 
 
-@dataclass
+@dataclass(repr=False)
 class Block:
     """One finished block.
 
@@ -95,6 +95,13 @@ class Block:
     applied: Applied
     frames: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
     timings: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Without the numbers, of which there are thousands."""
+        return (
+            f"Block(index={self.index}, start={self.start}, latents={list(self.latents.shape)}, "
+            f"frames={list(self.frames.shape)}, prompt={self.applied.prompt!r})"
+        )
 
 
 @dataclass(frozen=True, eq=False)
