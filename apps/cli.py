@@ -106,6 +106,12 @@ def stream(
         int | None,
         typer.Option(help="Processes that share the work, under --schedule tpp, hiar or ring."),
     ] = None,
+    save_every: Annotated[
+        int, typer.Option(help="Blocks after which ranks save their state beside the file.")
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an .mp4 that was broken off.")
+    ] = False,
 ) -> None:
     """Walk through a world and write what one sees, as it is made."""
     with _loading():
@@ -117,6 +123,7 @@ def stream(
             out, Setting(world, steps, cache, schedule, dtype), prompt, controls, seconds, seed,
             fps, scale, device, threads, profile, image, guidance, negative_prompt,
             compile=compile, record=record, ranks=ranks,
+            save_every=save_every, resume=resume,
         )
     )  # fmt: skip
 

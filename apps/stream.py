@@ -45,6 +45,8 @@ class StreamOptions:
     negative_prompt: str | None = None
     compile: bool = False
     ranks: int | None = None
+    save_every: int = 0
+    resume: bool = False
     record: Path | None = None
 
 
@@ -86,6 +88,8 @@ def run(options: StreamOptions) -> None:
         check_writable(options.record)
     setting = options.setting
     ranks = stream_ranks.under_torchrun() or options.ranks or 1
+    if ranks == 1 and (options.resume or options.save_every):
+        raise ValueError("--save-every and --resume go with --ranks 2 or more")
     if ranks == 1:
         world = open_world(setting.world, setting.dtype, options.device, options.threads)
     else:
@@ -107,7 +111,11 @@ def run(options: StreamOptions) -> None:
             return stream_ranks.pass_on(*planned)
     # A pipe gets the world's own pixels, a file what people can see.
     scale = options.scale or (1 if options.out == "-" else shown_scale(world))
-    sink = open_sink(options.out, fps, scale)
+    keep = 0
+    if options.resume and planned is not None:
+        again, keep = stream_ranks.resumed(*planned, world, options.out)
+        planned = again, planned[1]
+    sink = open_sink(options.out, fps, scale, keep)
     if options.compile:
         from worldsim.apps.compiling import compile_world
 
@@ -134,7 +142,8 @@ def run(options: StreamOptions) -> None:
                     else:
                         assert planned is not None
                         threads = options.threads
-                        made = stream_ranks.over_ranks(*planned, writer, pictures, threads)
+                        left = pictures - keep
+                        made = stream_ranks.over_ranks(*planned, writer, left, threads)
                     _follow(made, pictures, tally, profile, console)
                 except KeyboardInterrupt:
                     interrupted = True

@@ -2,17 +2,22 @@
 
 import os
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worldsim.apps.opening import DTYPES, MADE, open_share
 from worldsim.blueprint import world_of_folder
 from worldsim.bundle import auto_dtype, check_device, locate
+from worldsim.models.autoencoder import GROUP
 from worldsim.share import Share, shares
 from worldsim.state import Block
+from worldsim.streaming.kept import states
 from worldsim.streaming.launch import Ranks
 from worldsim.streaming.pipeline import Writer
 from worldsim.streaming.ranks import Run
+from worldsim.streaming.video_sinks import kept_pictures
 from worldsim.world import World
 
 if TYPE_CHECKING:
@@ -80,8 +85,36 @@ def planned(
         partial(open_share, setting.world, setting.dtype, options.device, None), ranks, told,
         options.prompt, options.controls, blocks=blocks,
         backend=GLOO if options.device == "cpu" else NCCL,
+        saves=str(saves_of(options.out)) if options.save_every else None,
+        every=options.save_every,
     )  # fmt: skip
     return run, parts
+
+
+def saves_of(out: str) -> Path:
+    """Where the states of a stream to ``out`` are."""
+    return Path(f"{out}.state")
+
+
+def resumed(run: Run, parts: list[Share], world: World, out: str) -> tuple[Run, int]:
+    """The run as it goes on, and how many pictures of ``out`` are kept: from the newest state whose
+    pictures are all there, else from the beginning, which makes the very same again.
+
+    Raises:
+        ValueError: for what cannot be continued.
+    """
+    if not out.endswith(".mp4"):
+        raise ValueError("--resume goes on with an .mp4: make any other one again")
+    settings = world.settings(**run.settings)
+    lanes = len(settings.schedule.lanes) if settings.schedule.order == "layers" else 1
+    files = 1 + lanes * sum(bool(part.steps) for part in parts)
+    there, each = kept_pictures(Path(out)), world.config.block_frames
+    for block, state in states(saves_of(out), files):
+        first = 1 if settings.independent_first_frame else each
+        pictures = 1 + GROUP * (first + (block - 1) * each - 1)
+        if pictures <= there:
+            return replace(run, resume=str(state)), pictures
+    return run, 0
 
 
 def delivered(

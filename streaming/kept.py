@@ -51,6 +51,19 @@ def read_decoder(world: World, folder: str | Path) -> Decoding:
     return decoding
 
 
+def states(folder: str | Path, files: int) -> list[tuple[int, Path]]:
+    """Complete states of a run, newest first: the block that comes next, and the state's folder.
+
+    ``files``: how many a complete one has.
+    """
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in Path(folder).glob("block-*")
+        if len(list(path.glob("[!.]*.safetensors"))) == files
+    ]
+    return sorted(found, reverse=True)
+
+
 def gathered(world: World, folder: str | Path) -> Session:
     """A serial session that goes on where a run over ranks stood.
 

@@ -43,12 +43,13 @@ class Sink(Protocol):
     def __exit__(self, *raised: object) -> None: ...
 
 
-def open_sink(target: str | Path, fps: float, scale: int = 1) -> Sink:
+def open_sink(target: str | Path, fps: float, scale: int = 1, keep: int = 0) -> Sink:
     """Opens a sink for `target`: .mp4, .gif, .webp, 'frames/', 'frames/%05d.png' or '-'.
 
     `fps` is the playing speed in frames per second (PNG and raw frames carry none). `scale` repeats
     every pixel scale x scale times, so that small worlds can be seen. An MP4 plays up to its last
-    second even if the process is killed; GIF and WebP appear under their name at close.
+    second even if the process is killed; GIF and WebP appear under their name at close. An MP4 that
+    is there already may `keep` its first pictures, and go on after them.
 
     Raises ValueError for a target, fps or scale that cannot be, OSError for a target that cannot be
     written; one line each.
@@ -71,7 +72,7 @@ def open_sink(target: str | Path, fps: float, scale: int = 1) -> Sink:
     from worldsim.streaming.video_sinks import FORMATS, VideoSink  # loads PyAV: only when needed
 
     if path.suffix.lower() in FORMATS:
-        return VideoSink(path, fps, scale)
+        return VideoSink(path, fps, scale, keep)
     raise ValueError(f"cannot tell what to write to {name!r}: name it like {TARGETS}")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import av.filter
+from av.bitstream import BitStreamFilterContext
 from av.codec import Codec
 from av.codec.codec import UnknownCodecError
 from av.video.format import VideoFormat
@@ -66,7 +67,7 @@ class VideoSink(FrameSink):
     under another name (`.name.part`) and renamed at close.
     """
 
-    def __init__(self, path: Path, fps: float, scale: int = 1) -> None:
+    def __init__(self, path: Path, fps: float, scale: int = 1, keep: int = 0) -> None:
         self._format = FORMATS[path.suffix.lower()]
         if fps > self._format.max_fps:
             raise ValueError(f"{path.suffix} plays at most {self._format.max_fps} frames/s")
@@ -79,6 +80,10 @@ class VideoSink(FrameSink):
         self._written = path.with_name(f".{path.name}.part") if self._format.whole else path
         self._rate = Fraction(fps).limit_denominator(1001)
         self._count = 0
+        self._before = before_of(path) if keep else None
+        self._keep = keep
+        if self._before is not None and not self._before.exists():
+            path.rename(self._before)
         check_writable(self._written)
         super().__init__(str(path), scale)
 
@@ -103,9 +108,30 @@ class VideoSink(FrameSink):
         if self._format.pixels == "yuv420p":
             codec.colorspace, codec.color_range = BT601, LIMITED_RANGE
         self._stream = stream
+        if self._before is not None:
+            self._copy(self._before)
         self._palette = None
         if self._format.pixels == "pal8":
             self._palette = palette_graph(height, width, 1 / self._rate)
+
+    def _copy(self, before: Path) -> None:
+        """Begin with the pictures that are to be kept, as they were encoded. They need no picture
+        after them (there are no B-frames), and the next one is a keyframe."""
+        self._container.start_encoding()  # so that the head of the file knows the encoder
+        with av.open(str(before)) as old:
+            source = old.streams.video[0]
+            # As the encoder writes them, not as the file has them.
+            plain = BitStreamFilterContext("h264_mp4toannexb", source)
+            for packet in old.demux(source):
+                if packet.size == 0 or self._count == self._keep:
+                    break
+                for part in plain.filter(packet):
+                    part.stream = self._stream
+                    part.time_base = 1 / self._rate
+                    part.pts = part.dts = self._count
+                    part.duration = 1
+                    self._container.mux(part)
+                self._count += 1
 
     def _add(self, frame: Frames) -> None:
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -128,11 +154,30 @@ class VideoSink(FrameSink):
                 self._file.close()
                 if self._format.whole:
                     self._written.replace(self._path)
+                if self._before is not None:
+                    self._before.unlink()
         finally:
             with suppress(OSError):  # an error has been told, or is being told: hide it not
                 self._file.close()
             if self._format.whole:
                 self._written.unlink(missing_ok=True)
+
+
+def before_of(path: Path) -> Path:
+    """Where a video waits whose beginning is kept."""
+    return path.with_name(f".{path.name}.before")
+
+
+def kept_pictures(path: Path) -> int:
+    """How many pictures there are to keep of a video that may have been broken off."""
+    there = before_of(path) if before_of(path).exists() else path
+    if not there.exists():
+        return 0
+    try:
+        with av.open(str(there)) as file:
+            return sum(packet.size > 0 for packet in file.demux(file.streams.video[0]))
+    except (av.error.FFmpegError, IndexError):
+        return 0
 
 
 class FragmentFile:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,8 @@ from worldsim.streaming import faults
 from worldsim.streaming.faults import RankFailed
 from worldsim.streaming.launch import Ranks
 from worldsim.streaming.ranks import Run
+from worldsim.streaming.sinks import open_sink
+from worldsim.streaming.video_sinks import kept_pictures
 from worldsim.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* was trained to read")
@@ -207,9 +210,13 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def pictures(path: Path) -> int:
+def frames(path: Path) -> list[np.ndarray]:
     with av.open(str(path)) as file:
-        return sum(1 for _ in file.decode(video=0))
+        return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+
+
+def pictures(path: Path) -> int:
+    return len(frames(path))
 
 
 def test_ctrl_c_ends_every_rank_and_the_file_plays(world_folder: Path, tmp_path: Path) -> None:
@@ -229,7 +236,8 @@ def test_ctrl_c_ends_every_rank_and_the_file_plays(world_folder: Path, tmp_path:
 
 def test_a_killed_rank_under_the_command(world_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "walk.mp4"
-    process = streaming(world_folder, out, "--ranks", "2", "--seconds", "100000")
+    more = ("--ranks", "2", "--seconds", "100000", "--save-every", "4")
+    process = streaming(world_folder, out, *more)
     while not (out.exists() and out.stat().st_size):
         assert process.poll() is None
         time.sleep(0.05)
@@ -241,6 +249,18 @@ def test_a_killed_rank_under_the_command(world_folder: Path, tmp_path: Path) -> 
     assert re.search(r"^worldsim: rank \d was killed \(SIGKILL\) at block \d+; the run", told, re.M)
     assert gone(list(family)) and "Traceback" not in told
     assert pictures(out) > 0
+    states = sorted(Path(f"{out}.state").iterdir())
+    assert states, "it had saved by then"
+    shown = frames(out)
+    seconds = str((len(shown) + 9) / 16)
+    process = streaming(world_folder, out, "--ranks", "2", "--seconds", seconds, "--resume")
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    again = frames(out)
+    assert len(again) == len(shown) + 9
+    kept = 1 + 4 * (int(states[0].name[-6:]) - 1)  # at least so many are the very same
+    assert all((a == b).all() for a, b in zip(again[:kept], shown, strict=False))
+    assert not out.with_name(f".{out.name}.before").exists()
 
 
 def test_torchrun_starts_it_as_well(world_folder: Path, tmp_path: Path) -> None:
@@ -255,3 +275,22 @@ def test_torchrun_starts_it_as_well(world_folder: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, told
     alone.communicate(timeout=60)
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_video_goes_on_after_its_first_pictures(tmp_path: Path) -> None:
+    rng, out = np.random.default_rng(0), tmp_path / "walk.mp4"
+    shown = rng.integers(0, 255, (40, 32, 48, 3), dtype=np.uint8)
+    with open_sink(out, 16) as sink:
+        sink.write(shown)
+    before = frames(out)
+    assert kept_pictures(out) == 40
+    with open_sink(out, 16, keep=21) as sink:
+        sink.write(shown[21:30])
+    after = frames(out)
+    assert len(after) == 30
+    assert all((a == b).all() for a, b in zip(after[:21], before, strict=False))
+    close = [
+        np.abs(a.astype(int) - b).mean() for a, b in zip(after[21:], before[21:], strict=False)
+    ]
+    assert max(close) < 12, "the pictures that were written after them"
+    assert kept_pictures(tmp_path / "none.mp4") == 0
