@@ -144,7 +144,7 @@ def run(options: StreamOptions) -> None:
                         threads = options.threads
                         left = pictures - keep
                         made = stream_ranks.over_ranks(*planned, writer, left, threads)
-                    _follow(made, pictures, tally, profile, console)
+                    _follow(made, pictures - keep, tally, profile, console)
                 except KeyboardInterrupt:
                     interrupted = True
         except SinkClosed:
