@@ -7,7 +7,6 @@ in memory once. How a world runs (steps, shift, context) is no matter of this fi
 
 import json
 import math
-import pickle
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -17,14 +16,21 @@ from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from worldsim.models.files import (
+    CONFIG,
+    WEIGHTS,
+    mapped,
+    parsed,
+    read_config,
+    stored_in,
+    unpickled,
+)
 from worldsim.models.transformer import CausalWanTransformer3DModel
-from worldsim.models.weights import CONFIG, WEIGHTS, cast, check_fit, only_layers
+from worldsim.models.weights import cast, check_fit, only_layers
 
-INDEX = f"{WEIGHTS}.index.json"  # of a sharded folder
 PLAIN, OURS = "WanTransformer3DModel", CausalWanTransformer3DModel.__name__
 PICKLED = (".pt", ".pth", ".ckpt")
 
@@ -87,7 +93,7 @@ def read_generator(path: str | Path, config: Config = None) -> Generator:
         raise ValueError(f"{path} must end in .safetensors, {', '.join(PICKLED)}")
     tensors = _diffusers_names(_unwrapped(stored, path))
     _check_kind(tensors, path)
-    own = _fields(_parsed(metadata["config"], path)) if "config" in metadata else {}
+    own = _fields(parsed(metadata["config"], path)) if "config" in metadata else {}
     given = _fields(_given(config))
     for name in own.keys() & given.keys():
         if own[name] != given[name]:
@@ -136,15 +142,10 @@ def load_transformer(
             many, misshapen or not finite.
     """
     folder = Path(folder)
-    config = _json(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     if config.get("_class_name") not in (PLAIN, OURS):
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, not a {PLAIN} or {OURS}")
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        shard, _ = mapped(file)
-        if twice := sorted(tensors.keys() & shard.keys()):
-            raise ValueError(f"{file} holds {twice[0]}, which another file of {folder} holds, too")
-        tensors |= shard
+    tensors = stored_in(folder)
     _check_kind(tensors, folder)
     if layers is not None:
         config, tensors = only_layers(config, tensors, layers)
@@ -183,32 +184,6 @@ def save_transformer(model: CausalWanTransformer3DModel, folder: str | Path) -> 
 
 
 # --- files ------------------------------------------------------------------------------------
-def mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
-
-
-def unpickled(path: Path) -> Any:
-    """What torch saved, without running any code of it."""
-    try:
-        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds more than tensors, and loading it could run any code: convert it to "
-            "safetensors with the tool that made it"
-        ) from None
-    except (RuntimeError, EOFError):
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint of torch 1.6 or later: fetch it again, or "
-            "convert it to safetensors with the tool that made it"
-        ) from None
-
-
 def innermost(found: Any, nests: Iterable[str]) -> Any:
     """What lies under the first of these names, and under the first of them there, and so on."""
     while isinstance(found, Mapping):
@@ -239,40 +214,6 @@ def _nested(found: Any, path: Path) -> dict[str, Tensor]:
             f"under {', '.join(NESTS)}"
         )
     return {str(name): value.detach() for name, value in found.items()}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file() and (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds both {WEIGHTS} and {INDEX}: remove the one that is old")
-    if not index.is_file() and not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS}: the weights are incomplete")
-    if not index.is_file():
-        return [folder / WEIGHTS]
-    shards = _json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index} has no weight_map from tensors to files")
-    files = [folder / name for name in sorted(set(shards.values()))]
-    for file in files:
-        if file.parent != folder or not file.is_file():
-            raise ValueError(f"{folder} has no {file.name}: the weights are incomplete")
-    return files
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    return _parsed(path.read_bytes(), path)
-
-
-def _parsed(text: str | bytes, source: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"the config in {source} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"the config in {source} is no JSON object")
-    return config
 
 
 # --- names ------------------------------------------------------------------------------------
@@ -321,7 +262,7 @@ def _given(config: Config) -> Mapping[str, Any]:
     if config is None or isinstance(config, Mapping):
         return config or {}
     path = Path(config)
-    return _json(path / CONFIG if path.is_dir() else path)
+    return read_config(path / CONFIG if path.is_dir() else path)
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:

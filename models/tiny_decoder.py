@@ -16,12 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldsim.models.autoencoder import Carry, latent_size
+from worldsim.models.files import mapped, unpickled
 from worldsim.models.weights import cast, check_fit
 
 BLOCKS = 3  # memory blocks at each size
@@ -176,7 +175,7 @@ def load_tiny_decoder(path: Path, dtype: torch.dtype = torch.float32) -> TinyDec
     }
     model = _sized_for(tensors)
     check_fit(model, tensors, path)
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    model.load_state_dict(tensors)
     return cast(model.eval().requires_grad_(False), dtype)
 
 
@@ -193,15 +192,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} must be a .pth or a .safetensors file")
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damage comes out of an unpickler as nearly any of them
-        raise ValueError(f"{path} is damaged, or holds more than tensors: not loaded") from None
+    tensors = mapped(path)[0] if path.suffix == ".safetensors" else unpickled(path)
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):

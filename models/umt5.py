@@ -11,7 +11,8 @@ import ftfy
 import torch
 from torch import Tensor, nn
 
-from worldsim.models.weights import CONFIG, check_fit, first_line, read_config
+from worldsim.models.files import CONFIG, read_config
+from worldsim.models.weights import check_fit, first_line
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 KIND, TIED, WORDS = "umt5", "encoder.embed_tokens.weight", "tokenizer.json"

@@ -1,52 +1,36 @@
 """Weights: loading them strictly, and casting them."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+from worldsim.models.files import CONFIG, read_config, stored_in
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_model(
-    kind: type[Model],
-    folder: Path,
-    dtype: torch.dtype = torch.float32,
-    layers: range | None = None,
-) -> Model:
-    """A model from a diffusers folder (``config.json`` and one safetensors file).
+def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+    """A model from a diffusers folder (``config.json`` and weights in one file or in shards).
 
     Unlike a plain `from_pretrained` it refuses what does not fit.
-
-    Args:
-        layers: of a transformer, only these are read, see `only_layers`.
 
     Raises:
         ValueError: a file is missing, truncated, of another model, or has NaN in it.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: the weights are incomplete")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}: the weights are incomplete")
     config = read_config(folder / CONFIG)
     if config.get("_class_name", kind.__name__) != kind.__name__:
         raise ValueError(f"{folder} holds a {config['_class_name']}, not a {kind.__name__}")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}); fetch it again") from None
-    if layers is not None:
-        config, tensors = only_layers(config, tensors, layers)
+    tensors = stored_in(folder)
     try:
         model = kind.from_config(config)  # type: ignore[attr-defined]
     except TypeError as error:
         raise ValueError(f"{folder / CONFIG} does not fit {kind.__name__}: {error}") from None
     check_fit(model, tensors, folder)
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    model.load_state_dict(tensors)  # one by one, out of the file
     return cast(model.eval().requires_grad_(False), dtype)
 
 
@@ -113,16 +97,6 @@ def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
 def first_line(error: Exception) -> str:
     """What a library's error says, for one line of ours."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no JSON object")
-    return config
 
 
 def _first(names: list[str], shown: int = 4) -> str:

@@ -16,15 +16,14 @@ from worldsim.cache.config import CacheConfig
 from worldsim.cache.context import Context
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.models.checkpoints import (
-    INDEX,
     load_generator,
     load_transformer,
     read_generator,
     save_transformer,
 )
+from worldsim.models.files import CONFIG, INDEX, WEIGHTS
 from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
 from worldsim.models.view import ContextView
-from worldsim.models.weights import CONFIG, WEIGHTS
 
 GOLDEN = Path(__file__).parent / "golden"
 ORIGINAL = GOLDEN / "model_sf.safetensors"

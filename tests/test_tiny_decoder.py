@@ -207,7 +207,7 @@ def test_files_that_are_not_weights(tmp_path: Path) -> None:
 def test_a_pth_with_more_than_tensors_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "t.pth"
     torch.save({"decoder.1.weight": Path("/")}, path)
-    with pytest.raises(ValueError, match=r"is damaged, or holds more than tensors: not loaded$"):
+    with pytest.raises(ValueError, match="holds more than tensors, and loading it could run"):
         load_tiny_decoder(path)
     for content in ({"state_dict": {}}, [torch.zeros(1)], {1: torch.zeros(1)}):
         torch.save(content, path)

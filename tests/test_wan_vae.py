@@ -229,6 +229,17 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     assert half.decode(latents())[0].dtype == torch.bfloat16
 
 
+def test_a_folder_in_shards(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "whole")
+    tiny().save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    whole, shards = (load_vae(tmp_path / name) for name in ("whole", "shards"))
+    assert torch.equal(shards.decode(latents())[0], whole.decode(latents())[0])
+    next((tmp_path / "shards").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="the weights are incomplete"):
+        load_vae(tmp_path / "shards")
+
+
 def test_folders_that_are_no_vae(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json: the weights are incomplete$"):
         load_vae(tmp_path)

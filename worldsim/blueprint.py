@@ -24,8 +24,9 @@ from worldsim.folder import (
     config_of,
 )
 from worldsim.models.autoencoder import CausalAutoencoder, Decoder
+from worldsim.models.files import CONFIG, read_config
 from worldsim.models.transformer import CausalWanTransformer3DModel
-from worldsim.models.weights import CONFIG, cast, read_config
+from worldsim.models.weights import cast
 from worldsim.models.words import TextEncoder, WordEncoder
 from worldsim.presets import preset_config
 from worldsim.world import World

@@ -163,7 +163,7 @@ def _transformer(
         from worldsim.models.checkpoints import load_transformer
 
         return load_transformer(folder, dtype, layers)
-    return load_model(CausalWanTransformer3DModel, folder, dtype, layers)
+    return load_model(CausalWanTransformer3DModel, folder, dtype)  # which says what is wrong
 
 
 def config_of(folder: Path, preset: str | None) -> WorldConfig:

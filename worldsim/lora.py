@@ -20,15 +20,8 @@ import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading as rehook
 from torch import Tensor, nn
 
-from worldsim.models.checkpoints import (
-    IN_FRONT,
-    NESTS,
-    PICKLED,
-    bare_name,
-    innermost,
-    mapped,
-    unpickled,
-)
+from worldsim.models.checkpoints import IN_FRONT, NESTS, PICKLED, bare_name, innermost
+from worldsim.models.files import mapped, unpickled
 from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.weights import first_line
 
