@@ -1,6 +1,7 @@
 """Worlds as gymnasium environments and as async iterators: what sessions are, in their words."""
 
 import asyncio
+import time
 
 import gymnasium
 import numpy as np
@@ -37,6 +38,8 @@ def test_it_is_a_session(world: World) -> None:
             assert (seen == session.step().frames).all()
             assert (reward, ended, truncated) == (0.0, False, i == 2)
             assert told["pose"] == session.pose and (env.render() == seen[-1]).all()
+    with pytest.raises(ValueError, match=r"an action has 6 bits, one for each key, got \[1\]"):
+        env.step([1])
     env.close()
     with pytest.raises(ValueError, match=r"call reset\(\) first"):
         env.step(FORWARD)
@@ -107,6 +110,9 @@ def test_an_async_stream_is_the_same_and_ends() -> None:
 
     wanted = [block.frames.tobytes() for block in world.stream("night", seed=2, blocks=4)]
     assert asyncio.run(watch()) == wanted
+    patience = time.monotonic() + 30  # its thread closes it, and nobody waited for that
+    while world.pool.used_pages and time.monotonic() < patience:
+        time.sleep(0.01)
     assert world.pool.used_pages == 0
     with pytest.raises(ValueError, match="unknown key"):
         world.astream(controls="X*4")

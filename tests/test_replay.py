@@ -133,6 +133,19 @@ def test_blocks_that_are_dropped_and_forks_are_in_it(world: World, tmp_path: Pat
         run.way(2)
 
 
+def test_forks_that_are_gone_keep_their_numbers(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "run.wsrun"
+    with world.session(seed=1) as session:
+        session.record(path)
+        for _ in range(2):
+            session.step()
+            session.fork().close()
+    run = read_run(path)
+    assert [line["fork"] for line in run.lines if "fork" in line] == [1, 2]
+    assert len(list(Replay(world, run))) == 2
+    assert world.pool.used_pages == 0
+
+
 def test_given_blocks_are_in_it(tmp_path: Path) -> None:
     wide, path = random_world(block_frames=3), tmp_path / "run.wsrun"
     given = torch.randn(wide.latents_of((32, 48), 6), generator=torch.Generator().manual_seed(1))

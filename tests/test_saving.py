@@ -117,3 +117,35 @@ def test_a_file_that_was_tampered_with_opens_nothing(world: World, tmp_path: Pat
     with pytest.raises(ValueError, match="damaged or no session"):
         world.load_session(bad)
     assert world.pool.used_pages == used
+
+
+def test_going_back_to_where_it_was_loaded_keeps_what_was_held(
+    world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.safetensors"
+    with world.session(seed=2) as session:
+        roam(session, 4)
+        session.control(buttons={"KeyW"})
+        session.save(path)
+    with world.load_session(path) as later:
+        first = later.step()
+        assert first.applied.keys == (frozenset({"KeyW"}),) * world.config.block_frames
+        later.rewind(4)
+        assert same([later.step()], [first])
+
+
+def test_a_file_that_fails_late_gives_its_pages_back(world: World, tmp_path: Path) -> None:
+    path, bad = tmp_path / "s.safetensors", tmp_path / "bad.safetensors"
+    with world.session(cache="sink=1,recent=3") as session:
+        roam(session, 6)
+        session.save(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()[HEADER])
+    del told["decoding"]
+    save_file(load_file(path), bad, {HEADER: json.dumps(told)})
+    used = world.pool.used_pages
+    with pytest.raises(ValueError, match="damaged or no session"):
+        world.load_session(bad)
+    assert world.pool.used_pages == used

@@ -8,12 +8,16 @@ episode.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
-from gymnasium.vector import VectorEnv
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
+
+try:
+    import gymnasium
+    from gymnasium import spaces
+    from gymnasium.vector import VectorEnv
+    from gymnasium.vector.utils import batch_space
+except ImportError as error:
+    raise ImportError("environments need gymnasium: pip install 'worldsim[env]'") from error
 
 from worldsim.actions import ActionSpec
 from worldsim.controls import ControlState
@@ -41,9 +45,16 @@ def action_space(spec: ActionSpec) -> spaces.Space[Any]:
 
 
 def control_of(spec: ActionSpec, action: Action) -> ControlState:
-    """The `ControlState` that an action stands for."""
+    """The `ControlState` that an action stands for.
+
+    Raises:
+        ValueError: for one of another shape than `action_space` says.
+    """
     told = dict(action) if isinstance(action, Mapping) else {"buttons": action}
-    bits = np.asarray(told.pop("buttons")).astype(bool).ravel()
+    bits = np.asarray(told.pop("buttons", ())).astype(bool)
+    wanted = max(1, len(spec.keys))
+    if bits.shape != (wanted,):
+        raise ValueError(f"an action has {wanted} bits, one for each key, got {list(bits.shape)}")
     held = frozenset(key for key, bit in zip(spec.keys, bits, strict=False) if bit)
     values: dict[str, Any] = {k: tuple(np.asarray(v, float).ravel()) for k, v in told.items()}
     if "scroll" in values:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 DIGITS = 16  # bytes
+# Of a LoRA's layers in peft: what counts of them and is no tensor.
+ADAPTED = ("scaling", "active_adapters", "merged_adapters", "disable_adapters")
 
 
 def fingerprint(config: Any, models: Mapping[str, nn.Module]) -> str:
@@ -19,16 +21,23 @@ def fingerprint(config: Any, models: Mapping[str, nn.Module]) -> str:
         config: a frozen dataclass.
         models: by name; what they hold counts, adapters and quantised numbers included.
     """
-    digest = hashlib.blake2b(
-        json.dumps(asdict(config), sort_keys=True).encode(), digest_size=DIGITS
-    )
+    digest = hashlib.blake2b(_plain(asdict(config)), digest_size=DIGITS)
     for name, model in sorted(models.items()):
-        for key, tensor in sorted(model.state_dict().items()):
-            if isinstance(tensor, Tensor):
-                for part in _parts(tensor):
-                    digest.update(f"{name}.{key} {part.dtype} {list(part.shape)}".encode())
-                    digest.update(_bytes(part))
+        digest.update(_plain({name: dict(getattr(model, "config", {}))}))
+        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for key, tensor in sorted(held.items()):
+            for part in _parts(tensor):
+                digest.update(f"{name}.{key} {part.dtype} {list(part.shape)}".encode())
+                digest.update(_bytes(part))
+        for key, module in model.named_modules():
+            adapted = {trait: getattr(module, trait) for trait in ADAPTED if hasattr(module, trait)}
+            if adapted:
+                digest.update(_plain({key: adapted}))
     return digest.hexdigest()
+
+
+def _plain(told: Mapping[str, Any]) -> bytes:
+    return json.dumps(told, sort_keys=True, default=str).encode()
 
 
 def digest_of(latents: Tensor) -> str:

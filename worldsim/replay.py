@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from worldsim.cache.context import Event
+from worldsim.config import Settings
 from worldsim.controls import ControlState, Held
 from worldsim.fingerprint import digest_of
 from worldsim.plain import Pack, Unpack
@@ -54,7 +55,8 @@ class Recorder:
         self.path = Path(path)
         self.error: str | None = None
         self._branches: WeakKeyDictionary[Session, int] = WeakKeyDictionary({session: 0})
-        self._file = self.path.open("wb")
+        self._forks = 0
+        self._file = self.path.open("wb", buffering=0)  # what a full disk refused is not kept
         world = session.world
         self._write({
             "wsrun": FORMAT,
@@ -87,7 +89,8 @@ class Recorder:
         self._of(session, {"pause": session.block} if paused else {"resume": session.block})
 
     def forked(self, session: "Session", twin: "Session") -> None:
-        self._branches[twin] = 1 + max(self._branches.values())
+        self._forks += 1
+        self._branches[twin] = self._forks
         self._of(session, {"fork": self._branches[twin], "at": session.block})
 
     def close(self) -> None:
@@ -101,8 +104,9 @@ class Recorder:
         if self.error is not None or self._file.closed:
             return
         try:
-            self._file.write(json.dumps(told).encode() + b"\n")
-            self._file.flush()
+            line = json.dumps(told).encode() + b"\n"
+            if self._file.write(line) != len(line):
+                self._stop("No space left on device")
         except OSError as error:
             self._stop(f"{error.strerror or error}")
 
@@ -280,6 +284,8 @@ class Replay:
         if "rewind" in line:
             session.rewind(line["rewind"])
         elif "fork" in line:
+            if line["fork"] in branches:
+                raise ValueError(f"there is a branch {line['fork']} already")
             branches[line["fork"]] = session.fork()
         elif "block" in line:
             if line["block"] != session.block:
@@ -302,11 +308,14 @@ class Replay:
             return self.world.ask(session.settings, told["prompt"])
         return Event(told["event"])
 
-    def _settings(self) -> Any:
+    def _settings(self) -> Settings:
         try:
-            return Unpack(self.world).read(self.run.head["settings"])
+            settings = Unpack(self.world).read(self.run.head["settings"])
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"the recording's settings make no sense: {error!r}") from None
+        if not isinstance(settings, Settings) or not isinstance(self.run.head.get("prompt"), str):
+            raise ValueError("the recording does not say under which settings and prompt it began")
+        return settings
 
     def _difference(self, line: Mapping[str, Any], made: str) -> str:
         branch = f" of branch {line['branch']}" if line.get("branch") else ""

@@ -118,8 +118,8 @@ def _opened(
     settings = unpack.settings = unpack.read(told["settings"])
     moment = unpack.read(told["moment"])
     session = open_session(settings, moment.asked)
+    pool, pages = session.context.pool, list[int]()
     try:
-        pool, pages = session.context.pool, []
         for kind, tensors in unpack.read(told["pages"]):
             pages.append(pool.acquire(kind))
             pool.adopt(pages[-1], tensors)
@@ -130,9 +130,10 @@ def _opened(
         newest = {int(lane): tuple(rows) for lane, rows in told["newest"].items()}
         decoding = unpack.read(told["decoding"])
         session.restore(Snapshot(settings, moment, decoding, tables, newest, pool))
-        for page in pages:
-            pool.release(page)  # the session and its snapshot hold them now
     except BaseException:
         session.close()
         raise
+    finally:
+        for page in pages:
+            pool.release(page)  # the session and its snapshot hold them now
     return session

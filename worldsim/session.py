@@ -179,6 +179,8 @@ class Session:
         Raises:
             ValueError: for a key or prompt that this world does not know.
         """
+        if isinstance(buttons, str):
+            raise ValueError(f"control: buttons is a set of codes, as in {{{buttons!r}}}")
         newest = self.now.held.newest
         if state is None:
             keys = newest.buttons if buttons is None else frozenset(buttons)
@@ -480,10 +482,7 @@ class Session:
             ValueError: if blocks that it made still have to be decoded.
         """
         self.settle()
-        if not self._in_step:
-            raise ValueError(
-                f"block {self.decoded} is not decoded yet: decode all blocks before a snapshot"
-            )
+        self._check_in_step("a snapshot")
         return self._capture()
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -531,16 +530,13 @@ class Session:
         from there by making the blocks between once more.
 
         Raises:
-            ValueError: for a block that it has not come to, or the way to which is forgotten.
+            ValueError: for a block that it has not come to, or the way to which is forgotten; if
+                blocks that it made still have to be decoded.
         """
-        self.settle()
-        now, seen = self.now, 0 < self.decoded == self.block
-        if not 0 <= to_block <= now.block:
-            raise ValueError(f"cannot go back to block {to_block}: the next one is {now.block}")
-        self._go_to(self.history.before(to_block, now))
+        seen = self.decoded > 0
         recorder, self.recorder = self.recorder, None  # what is made again is no news
         try:
-            for played in now.past[self.block - now.reach : to_block - now.reach]:
+            for played in self.go_back(to_block):
                 block = self.play(played)
                 if seen:
                     self.decode(block)
@@ -548,8 +544,20 @@ class Session:
             self.recorder = recorder
         if recorder is not None:
             recorder.rewound(self, to_block)
-        held = now.past[to_block - now.reach - 1].held if to_block > now.reach else Held()
-        self.now = replace(self.now, held=_heeded(held, self.frame))
+
+    def go_back(self, to_block: int) -> tuple[Played, ...]:
+        """The first half of `rewind`: go on from the nearest snapshot that is kept. Returns how the
+        blocks from there to ``to_block`` came to be, for `play`."""
+        self.settle()
+        self._check_in_step("going back")
+        now = self.now
+        if not 0 <= to_block <= now.block:
+            raise ValueError(f"cannot go back to block {to_block}: the next one is {now.block}")
+        self.restore(self.history.before(to_block, now))
+        known = self.block - now.reach  # blocks before it, of those whose way is known
+        if known:  # a snapshot may have been taken after the next block's keys were heard
+            self.now = replace(self.now, held=_heeded(now.past[known - 1].held, self.frame))
+        return now.past[known : to_block - now.reach]
 
     def play(self, played: Played) -> Block:
         """Make a block the way that one was made; it is not decoded."""
@@ -602,6 +610,12 @@ class Session:
         """Whether the decoder has seen every block, or none so far."""
         return self.decoded in (0, self.block)
 
+    def _check_in_step(self, what: str) -> None:
+        if not self._in_step:
+            raise ValueError(
+                f"block {self.decoded} is not decoded yet: decode all blocks before {what}"
+            )
+
     def _capture(self) -> Snapshot:
         # Many snapshots may be kept, and none of them needs keys and values of its prompt.
         moment = replace(self.now, asked=self.asked.bare())
@@ -623,6 +637,9 @@ class Session:
         self.now = replace(self.now, made=(), past=())
         self._lanes.close()
         self._closed = True
+
+    def __repr__(self) -> str:
+        return f"Session(block {self.block}, seed {self.settings.seed}, {self.prompt!r})"
 
     def __enter__(self) -> "Session":
         return self

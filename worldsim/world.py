@@ -287,8 +287,12 @@ class World(Loaded):
             )
         asked = self.ask(settings, prompt, prompt_embeds, negative_prompt_embeds)
         session = self.open(settings, asked, history, noise)
-        while begins is not None and session.frame < frames:
-            session.give(begins[:, :, session.frame : session.frame + session.block_frames])
+        try:
+            while begins is not None and session.frame < frames:
+                session.give(begins[:, :, session.frame : session.frame + session.block_frames])
+        except BaseException:
+            session.close()
+            raise
         return session
 
     def _beginning(
