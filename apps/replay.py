@@ -42,6 +42,8 @@ def run_again(options: ReplayOptions) -> None:
     replay = Replay(world, run, options.verify)
     for difference in replay.told:
         console.print(f"worldsim: {difference}")
+    if run.cut:
+        console.print(f"worldsim: {options.run} was cut off after block line {run.blocks}")
     shown = set(run.way(options.branch))
     with contextlib.ExitStack() as stack:
         sink = None

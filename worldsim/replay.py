@@ -123,10 +123,12 @@ class Run:
     Attributes:
         head: its first line.
         lines: the others, in order.
+        cut: its last line was not complete, and was left out.
     """
 
     head: Mapping[str, Any]
     lines: tuple[Mapping[str, Any], ...]
+    cut: bool = False
 
     @property
     def blocks(self) -> int:
@@ -210,7 +212,7 @@ def parse_run(data: bytes, name: str = "the recording") -> Run:
         lines.append(told)
     if not lines or lines[0].get("wsrun") != FORMAT:
         raise ValueError(f"{name} is no recording (.wsrun) that this version reads")
-    return Run(lines[0], tuple(lines[1:]))
+    return Run(lines[0], tuple(lines[1:]), cut=not data.endswith(b"\n"))
 
 
 class Differs(Exception):
