@@ -6,6 +6,7 @@ ours (all between). Each is only ever subtracted from itself, so they need not a
     network = (received - key) - (sent - arrived)      both ways, and the browser's own queues
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def quantile(values: "deque[float] | list[float]", share: float) -> float:
     if not values:
         return 0.0
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 class Latency:

@@ -38,7 +38,7 @@ from worldsim.streaming.pictures import Encode
 from worldsim.streaming.recording import Recording
 
 NEVER = float("inf")
-TIMES_KEPT = 100  # of making a block: what p99 is taken from
+TIMES_KEPT = 300  # of making a block: what p99 is taken from
 HEARD_KEPT = 64  # controls since the last block; of more, the oldest are forgotten
 UNANSWERED = 256  # blocks sent of which no picture was acknowledged yet
 

@@ -194,6 +194,7 @@ def test_parts_of_a_trip_sum_to_what_the_player_felt() -> None:
     latency.add(made)
     assert latency.figures()["own"][0] == pytest.approx(26)
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0 and quantile([], 0.5) == 0.0
+    assert quantile([float(x) for x in range(300)], 0.99) == 296.0, "three are above"
 
 
 # --- blocks ---------------------------------------------------------------------------------------
