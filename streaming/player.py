@@ -21,13 +21,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worldsim.controls import ControlState
+from worldsim.controls import FARTHEST, ControlState
 from worldsim.replay import Differs, Replay
 from worldsim.schedule import Cell
 from worldsim.state import Block, Snapshot
@@ -39,12 +39,21 @@ from worldsim.streaming.recording import Recording
 
 NEVER = float("inf")
 TIMES_KEPT = 300  # of making a block: what p99 is taken from
-HEARD_KEPT = 64  # controls since the last block; of more, the oldest are forgotten
+HEARD_KEPT = 64  # controls since the last block; of more, the oldest are made one
+COMMANDS_KEPT = 64  # that wait to be done; more are refused
 UNANSWERED = 256  # blocks sent of which no picture was acknowledged yet
 
 
 class Superseded(Exception):
     """A block was given up: there is a newer control, and time to heed it."""
+
+
+class Said(NamedTuple):
+    """A control, when it came, and after how many of the player's commands."""
+
+    state: ControlState
+    arrived: float
+    after: int
 
 
 @dataclass
@@ -69,7 +78,7 @@ class Ready:
     pictures: list[bytes]
     count: int
     kind: int
-    heeded: tuple[tuple[ControlState, float], ...]
+    heeded: tuple[Said, ...]
     event: int
     pose: tuple[float, float, float] | None
     work: dict[str, float]
@@ -142,8 +151,9 @@ class Player:
         self._encode = encode
         self._lock = Lock()
         # Said, and not yet heeded.
-        self._commands: deque[tuple[str, tuple[Any, ...]]] = deque(maxlen=HEARD_KEPT)
-        self._heard: list[tuple[ControlState, float]] = []
+        self._commands: deque[tuple[str, tuple[Any, ...]]] = deque()
+        self._done = 0  # commands
+        self._heard: list[Said] = []
         self._urgent = False
         self._latest: ControlState | None = None
         # Made, and not yet shown for good.
@@ -171,9 +181,9 @@ class Player:
             if before is None or _differ(before, state):
                 self._urgent = True
             self._latest = replace(state, look=(0.0, 0.0), scroll=0.0, prompt=None)
-            self._heard.append((state, now))
-            if len(self._heard) > HEARD_KEPT:
-                del self._heard[0]
+            self._heard.append(Said(state, now, self._done + len(self._commands)))
+            while len(self._heard) > HEARD_KEPT:
+                _fold(self._heard)
             self.active = now
         self.wake()
         return self.block
@@ -186,14 +196,19 @@ class Player:
         )
         return self.control(state)
 
-    def ask(self, what: str, *values: Any) -> None:
-        """Note a command; what it does is the method ``_do_…`` of its name."""
+    def ask(self, what: str, *values: Any) -> bool:
+        """Note a command; what it does is the method ``_do_…`` of its name. False, and the player
+        is told, if too many wait already."""
         with self._lock:
-            self._commands.append((what, values))
             self.active = self.clock()
-            if what == "pause":
-                self.paused = True
-        self.wake()
+            if taken := len(self._commands) < COMMANDS_KEPT:
+                self._commands.append((what, values))
+                self.paused = self.paused or what == "pause"
+        if taken:
+            self.wake()
+        else:
+            self.tell("notice", text=f"{what}: too much waits to be done: ask again in a moment")
+        return taken
 
     def acknowledge(self, number: int, received: float, painted: float) -> None:
         """The player's browser has painted picture ``number``, by its own clock (seconds)."""
@@ -209,7 +224,7 @@ class Player:
             self.counts.applied += len(ready.heeded)
             if number == ready.number:
                 self.pacer.follow(painted - received)
-        for state, arrived in ready.heeded:
+        for state, arrived, _ in ready.heeded:
             if state.event_id and arrived < NEVER:
                 key = state.t_client / 1e3
                 self.latency.add(
@@ -295,7 +310,10 @@ class Player:
         elif self._shown:
             self._settle()
         elif self._commands:
-            self._command(*self._commands.popleft())
+            with self._lock:
+                command = self._commands.popleft()
+                self._done += 1
+            self._command(*command)
         else:
             self._latch()
 
@@ -359,7 +377,7 @@ class Player:
             self.course.take_over()
             self._before = self.course.session.snapshot()
             self._tell_state()
-        heeded = tuple(said for said in heeded if self._heeds(said[0]))
+        heeded = tuple(said for said in heeded if self._heeds(said.state))
         try:
             block = self.course.step(self._look)
         except Superseded:
@@ -384,8 +402,8 @@ class Player:
         if self.course.session.world.actions.posed:
             x, y, heading = self.course.session.pose[:3]
             pose = (x, y, heading)
-        for state, _ in heeded:
-            self._event = state.event_id or self._event
+        for said in heeded:
+            self._event = said.state.event_id or self._event
         ready = Ready(
             self._run, block, self._number, pictures, len(block.frames), self._encode.kind, heeded,
             self._event, pose, work, done,
@@ -470,8 +488,12 @@ class Player:
             self._seen = self.block - 1
             self._allowed = self.clock()
             self.pacer.stop()
-            if self._latest is not None:  # keys stay held, whatever the world had been told
-                self._heard = [(self._latest, NEVER)]
+            # What was said before the command was meant for where it came from.
+            self._heard = [said for said in self._heard if said.after >= self._done]
+            self._urgent = self._urgent and bool(self._heard)
+            if not self._heard and self._latest is not None:
+                # Keys stay held, whatever the world had been told.
+                self._heard = [Said(self._latest, NEVER, self._done)]
         self.tell("path", run=self._run, points=list(self.course.path))
         self._tell_state()
 
@@ -588,3 +610,20 @@ def _differ(a: ControlState, b: ControlState) -> bool:
     """Whether a newer control asks for anything else."""
     moved = any(b.look) or b.scroll or b.prompt is not None
     return bool(moved) or a.buttons != b.buttons or a.move != b.move
+
+
+def _fold(heard: list[Said]) -> None:
+    """Make one of the two oldest controls between which no command came: no prompt, no movement and
+    no tap is lost. The newest stays as it is, since it says what is held."""
+    pairs = range(len(heard) - 2)
+    at = next((i for i in pairs if heard[i].after == heard[i + 1].after), 0)
+    (a, *_), (b, arrived, after) = heard[at : at + 2]
+    across, down, scroll = (
+        max(-FARTHEST, min(FARTHEST, x + y))
+        for x, y in zip((*a.look, a.scroll), (*b.look, b.scroll), strict=True)
+    )
+    state = replace(
+        b, buttons=a.buttons | b.buttons, look=(across, down), scroll=scroll,
+        prompt=a.prompt if b.prompt is None else b.prompt,
+    )  # fmt: skip
+    heard[at : at + 2] = [Said(state, arrived, after)]

@@ -15,7 +15,7 @@ from worldsim.streaming.course import Course
 from worldsim.streaming.latency import PARTS, Latency, quantile, trip
 from worldsim.streaming.pacing import Pacer
 from worldsim.streaming.pictures import JPEG, WEBP, Jpeg, Webp, encoder
-from worldsim.streaming.player import NEVER, Player, Ready
+from worldsim.streaming.player import COMMANDS_KEPT, HEARD_KEPT, NEVER, Player, Ready
 from worldsim.streaming.recording import Recording
 from worldsim.streaming.turns import Turns
 from worldsim.world import World
@@ -303,6 +303,61 @@ def test_an_unknown_prompt_is_told_and_nothing_ends(seat: Seat) -> None:
     play(player, clock, 2)
     assert player.asked == "night zzzz"
     assert any("passed over zzzz" in told.data.get("text", "") for told in player.told())
+
+
+def test_what_is_said_right_after_a_command_is_heeded(seat: Seat, world: World) -> None:
+    player, clock = seat()
+    play(player, clock, 2)
+    player.prompt("red brick")
+    player.ask("reset", 9)
+    player.control(ControlState(FORWARD, event_id=1))
+    player.control(ControlState(event_id=2))
+    player.prompt("night", event_id=3)
+    work(player, clock)
+    shown = play(player, clock, 2)
+    assert player.asked == "night"
+    with world.session("night", seed=9) as session:
+        wanted = []
+        for held in (FORWARD, frozenset[str]()):
+            session.control(held)
+            session.control(())
+            wanted += [Webp()(picture) for picture in session.step().frames]
+    assert pixels(shown) == wanted, "the tap or the prompt was lost"
+
+
+def test_of_very_many_controls_nothing_is_lost(seat: Seat) -> None:
+    player, clock = seat()
+    play(player, clock, 1)
+    player.ask("pause")
+    work(player, clock)
+    player.prompt("night")
+    player.control(ControlState(FORWARD))
+    for event in range(3 * HEARD_KEPT):
+        player.control(ControlState(event_id=event))
+    assert len(player._heard) == HEARD_KEPT
+    player.ask("resume")
+    work(player, clock)
+    shown = play(player, clock, 2)
+    assert player.asked == "night"
+    assert FORWARD in [ready.block.applied.controls[0].buttons for ready in shown]
+
+
+def test_movements_of_very_many_controls_are_summed(seat: Seat) -> None:
+    player, _ = seat()
+    for event in range(3 * HEARD_KEPT):
+        player.control(ControlState(look=(1.0, -0.5), scroll=2.0, event_id=event))
+    assert len(player._heard) == HEARD_KEPT
+    assert sum(said.state.look[0] for said in player._heard) == 3 * HEARD_KEPT
+    assert sum(said.state.scroll for said in player._heard) == 6 * HEARD_KEPT
+    assert player._heard[-1].state.event_id == 3 * HEARD_KEPT - 1
+
+
+def test_too_many_commands_are_refused(seat: Seat) -> None:
+    player, _ = seat()
+    asked = [player.ask("resume") for _ in range(COMMANDS_KEPT + 1)]
+    assert asked == [True] * COMMANDS_KEPT + [False]
+    assert not player.ask("pause") and not player.paused
+    assert all("too much waits" in told.data["text"] for told in player.told())
 
 
 def test_pause_makes_nothing_and_resume_goes_on(seat: Seat, world: World) -> None:
