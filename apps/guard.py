@@ -16,11 +16,10 @@ import hmac
 import ipaddress
 import secrets
 from collections.abc import Sequence
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-COOKIE = "worldsim"
+COOKIE = "worldsim"  # and the port: a browser sends one server's cookies to the host's others
 BODY_BYTES = 64 * 2**10  # of a request that is no upload
 PAUSE = 0.5  # seconds after a wrong password
 
@@ -118,7 +117,7 @@ class Guard:
             await self._ask(scope, send)
             return
         await self._app(
-            scope, _bounded(scope, receive, self._uploads), self._marked(send, given, host)
+            scope, _bounded(scope, receive, self._uploads), self._marked(scope, send, given, host)
         )
 
     def _known(self, host: str) -> bool:
@@ -138,12 +137,10 @@ class Guard:
         or a token); None if it did not."""
         if self._auth is None and self._token is None:
             return ""
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            cookie = None
-        if cookie is not None and _same(cookie.value, self._pass):
-            return ""
+        for cookie in headers.get("cookie", "").split(";"):  # others' may be of any form
+            name, _, value = cookie.strip().partition("=")
+            if name == _cookie(scope) and _same(value, self._pass):
+                return ""
         kind, _, told = headers.get("authorization", "").partition(" ")
         if self._auth is not None and kind.lower() == "basic":
             try:
@@ -166,7 +163,7 @@ class Guard:
             line = "a token is needed: open the address that `worldsim play` printed"
             await _refuse(scope, send, 401, line)
 
-    def _marked(self, send: Any, given: str, host: str) -> Any:
+    def _marked(self, scope: Scope, send: Any, given: str, host: str) -> Any:
         """``send`` with our headers, and the cookie for who has just shown that it may."""
         own = {
             name: value.format(sockets=f"ws://{host} wss://{host}")
@@ -180,12 +177,18 @@ class Guard:
                     for name, value in own.items()
                 ]
                 if given:
-                    cookie = f"{COOKIE}={self._pass}; Path=/; HttpOnly; SameSite=Strict"
+                    cookie = f"{_cookie(scope)}={self._pass}; Path=/; HttpOnly; SameSite=Strict"
                     more.append((b"set-cookie", cookie.encode()))
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
 
         return marked
+
+
+def _cookie(scope: Scope) -> str:
+    """Its name."""
+    _, port = scope.get("server") or ("", None)
+    return f"{COOKIE}-{port}" if port else COOKIE
 
 
 def _same(a: str, b: str) -> bool:

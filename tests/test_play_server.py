@@ -411,8 +411,11 @@ def test_a_token_opens_the_page_and_a_cookie_keeps_it_open(world: World) -> None
         assert httpx.get(f"{url}/?token=a-wrong-token").status_code == 401
         page = httpx.get(f"{url}/?token=a-long-token")
         assert page.status_code == 200
-        with Browser(url, additional_headers={"cookie": page.headers["set-cookie"]}) as browser:
-            browser.until("hello")
+        own = page.headers["set-cookie"].partition(";")[0]
+        assert own.partition("=")[0] == f"worldsim-{url.rpartition(':')[2]}"
+        for cookie in (own, f'a[0]={{"x":1}}; =; b; {own}; c="', f"worldsim-1=other;{own}"):
+            with Browser(url, additional_headers={"cookie": cookie}) as browser:
+                browser.until("hello")
 
 
 # --- behind a proxy -------------------------------------------------------------------------------
