@@ -84,7 +84,7 @@ class Connection:
             player.acknowledge(told["number"], told["received"] / 1e3, told["painted"] / 1e3)
         elif kind == "control":
             told["event_id"], told["t_client"] = told.pop("id"), told.pop("t")
-            state = self._known(ControlState.from_dict(told))
+            state = self._known(told)
             await self._tell("receipt", id=state.event_id, block=player.control(state))
         elif kind == "prompt":
             block = player.prompt(told["text"], told["t"], told["id"])
@@ -92,9 +92,9 @@ class Connection:
         else:
             player.ask(kind, *told.values())
 
-    def _known(self, state: ControlState) -> ControlState:
+    def _known(self, told: dict[str, Any]) -> ControlState:
         try:
-            return self._room.world.actions.heard(state)
+            return self._room.world.actions.heard(ControlState.from_dict(told))
         except ValueError:
             raise Malformed("control: something that this world does not have") from None
 

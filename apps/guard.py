@@ -121,7 +121,10 @@ class Guard:
         )
 
     def _known(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname or ""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:  # no name at all
+            return False
         return is_loopback(name) or name in self._hosts
 
     def _own(self, origin: str | None, host: str) -> bool:
@@ -129,7 +132,10 @@ class Guard:
         can do nothing in a stranger's name."""
         if origin is None:
             return True
-        parts = urlsplit(origin.lower())
+        try:
+            parts = urlsplit(origin.lower())
+        except ValueError:
+            return False
         return parts.netloc == host.lower() or origin.lower() in self._origins
 
     def _given(self, scope: Scope, headers: dict[str, str]) -> str | None:

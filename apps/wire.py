@@ -10,6 +10,8 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from worldsim.controls import FARTHEST
+
 VERSION = 1
 MESSAGE_BYTES = 4096  # of a message that comes in
 PROMPT_LETTERS = 500
@@ -35,12 +37,16 @@ def _whole(low: int, high: int) -> Check:
     return lambda x: type(x) is int and low <= x <= high
 
 
-def _number(x: Any) -> bool:
-    return type(x) in (int, float) and abs(x) <= NUMBER  # so neither NaN nor infinite
+def _number(x: Any, most: float = NUMBER) -> bool:
+    return type(x) in (int, float) and abs(x) <= most  # so neither NaN nor infinite
 
 
-def _numbers(count: int) -> Check:
-    return lambda x: isinstance(x, list) and len(x) == count and all(map(_number, x))
+def _amount(x: Any) -> bool:
+    return _number(x, FARTHEST)
+
+
+def _amounts(count: int) -> Check:
+    return lambda x: isinstance(x, list) and len(x) == count and all(map(_amount, x))
 
 
 def _names(x: Any) -> bool:
@@ -62,9 +68,9 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
         "id": _COUNT,
         "t": _number,
         "buttons": _names,
-        "look": _numbers(2),
-        "move": _numbers(3),
-        "scroll": _number,
+        "look": _amounts(2),
+        "move": _amounts(3),
+        "scroll": _amount,
     },
     "prompt": {"id": _COUNT, "t": _number, "text": _words},
     "ack": {"number": _COUNT, "received": _number, "painted": _number},

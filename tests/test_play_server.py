@@ -348,12 +348,13 @@ def test_a_flood_and_a_huge_message_close_that_socket(open_server: tuple[str, Ro
 
 def test_other_sites_and_other_names_are_refused(open_server: tuple[str, Room]) -> None:
     url, _ = open_server
-    for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", "http://["):
         with pytest.raises(InvalidStatus) as refused:
             Browser(url, origin=origin)
         assert refused.value.response.status_code == 403
     rebound = {"host": "evil.example:7860", "origin": "http://evil.example:7860"}
     assert httpx.get(url, headers=rebound).status_code == 421
+    assert httpx.get(url, headers={"host": "["}).status_code == 421
     assert (
         httpx.post(
             f"{url}/gradio_api/queue/join", headers={"origin": "https://evil.example"}

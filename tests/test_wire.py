@@ -70,6 +70,9 @@ def test_a_missing_or_a_strange_field_is_refused(kind: str) -> None:
         '{"type":"prompt","id":1,"t":1,"text":"' + "a" * MESSAGE_BYTES + '"}',
         '{"type":"prompt","id":1,"t":1,"text":"   "}',
         '{"type":"control","id":1,"t":1,"buttons":[""]}',
+        '{"type":"control","id":1,"t":1,"buttons":[],"look":[0,1000001]}',
+        '{"type":"control","id":1,"t":1,"buttons":[],"move":[0,-1e7,0]}',
+        '{"type":"control","id":1,"t":1,"buttons":[],"scroll":1e15}',
         "\ud800",
     ],
 )  # fmt: skip
