@@ -1,11 +1,12 @@
 """`worldsim play`: a world to walk around in, in the browser."""
 
+import asyncio
 import os
 import secrets
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from worldsim.apps.page import head, page, theme
 from worldsim.apps.room import Room, capacity
 from worldsim.apps.setting import Setting
 from worldsim.apps.uploads import UPLOADS, body, opening_picture, recorded
+from worldsim.streaming.player import Player
 from worldsim.streaming.turns import Turns
 from worldsim.world import World
 
@@ -174,6 +176,23 @@ def build(room: Room, options: PlayOptions, token: str | None = None) -> Any:
         for key in list(room.players):
             room.leave(key, "the server was stopped")
 
+    reading = asyncio.Lock()
+
+    async def taken(
+        player: Player, what: str, request: Request, read: Callable[..., Any], *more: Any
+    ) -> Response:
+        """Ask for what a file holds. It is read beside the event loop, on which everybody's
+        pictures leave, and one at a time."""
+        try:
+            data = await body(request)
+            async with reading:
+                made = await asyncio.to_thread(read, data, *more)
+        except ValueError as error:
+            return PlainTextResponse(str(error), 400)
+        if not player.ask(what, made):
+            return PlainTextResponse("another file is still to be opened: wait a moment", 409)
+        return JSONResponse({})
+
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.websocket("/worldsim/ws")
@@ -203,23 +222,15 @@ def build(room: Room, options: PlayOptions, token: str | None = None) -> Any:
         player = room.players.get(key)
         if player is None:
             return PlainTextResponse("there is nobody to show it to", 404)
-        try:
-            player.ask("load", recorded(await body(request), room.world, room.wanted()))
-        except ValueError as error:
-            return PlainTextResponse(str(error), 400)
-        return JSONResponse({})
+        return await taken(player, "load", request, recorded, room.world, room.wanted())
 
     @app.post("/worldsim/{key}/picture")
     async def picture(key: str, request: Request) -> Response:
         player = room.players.get(key)
         if player is None or not room.takes_pictures:
             return PlainTextResponse("there is nobody to show it to", 404)
-        try:
-            size = (room.world.config.height, room.world.config.width)
-            player.ask("begin", opening_picture(await body(request), size))
-        except ValueError as error:
-            return PlainTextResponse(str(error), 400)
-        return JSONResponse({})
+        size = (room.world.config.height, room.world.config.width)
+        return await taken(player, "begin", request, opening_picture, size)
 
     blocks = page(room, options.root_path)
     app = gr.mount_gradio_app(

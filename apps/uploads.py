@@ -14,7 +14,8 @@ from worldsim.world import World
 
 UPLOADS = ("/picture", "/run")  # how the paths end that take files
 FILE_BYTES = 8 * 2**20
-PIXELS = 2**24
+PIXELS = 2**23  # of a picture that is read, which takes a few bytes for each
+LINES = 2**16  # of a replay file: two hours of eight blocks a second
 KINDS = ("PNG", "JPEG", "WEBP")
 
 
@@ -62,6 +63,8 @@ def recorded(data: bytes, world: World, wanted: Settings) -> Replay:
         ValueError: for what is no such file, or one that was recorded under other settings than
             ``wanted``: the memory and the time that a player may take are counted for those.
     """
+    if data.count(b"\n") > LINES:
+        raise ValueError(f"a replay file has at most {LINES:,} lines")
     run = parse_run(data, "this file")
     try:
         straight = run.straight(run.newest)

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -17,11 +18,12 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from worldsim.apps import play
 from worldsim.apps.fuzz import fuzz
 from worldsim.apps.play import PlayOptions, background, build, check, listening, opened, run
 from worldsim.apps.room import Room, capacity
 from worldsim.apps.setting import Setting
-from worldsim.apps.uploads import PIXELS, opening_picture
+from worldsim.apps.uploads import LINES, PIXELS, opening_picture, recorded
 from worldsim.apps.wire import FIRST, HEADER
 from worldsim.world import World
 
@@ -232,6 +234,30 @@ def test_pictures_are_cut_to_shape_and_large_ones_refused() -> None:
     Image.new("1", (8192, PIXELS // 8192 + 8)).save(file, "PNG")
     with pytest.raises(ValueError, match="pixels"):
         opening_picture(file.getvalue(), (8, 8))
+
+
+def test_a_replay_file_of_very_many_lines_is_refused(world: World) -> None:
+    with pytest.raises(ValueError, match="at most 65,536 lines"):
+        recorded(b"{}\n" * (LINES + 1), world, world.settings())
+
+
+def test_a_file_that_takes_long_to_read_stops_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = threading.Event()
+
+    def slow(*_: Any) -> Any:
+        assert watched.wait(PATIENCE), "nobody saw a picture meanwhile"
+        raise ValueError("read to its end")
+
+    monkeypatch.setattr(play, "opening_picture", slow)
+    with serving(world, OPTIONS) as (url, _), Browser(url) as browser:
+        key = browser.until("hello")["key"]
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(httpx.post, f"{url}/worldsim/{key}/picture", timeout=PATIENCE)
+            browser.watch(12)
+            watched.set()
+            assert answer.result().text == "read to its end"
 
 
 # --- several --------------------------------------------------------------------------------------
