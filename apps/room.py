@@ -85,7 +85,10 @@ class Room:
             raise Full(f"all {self.capacity} places are taken")
         key = secrets.token_urlsafe(16)
         config = self.world.config
-        course = Course(self.open, branches(self.world, self.setting), self.folder / f"{key}.wsrun")
+        course = Course(
+            self.open, branches(self.world, self.setting), self.folder / f"{key}.wsrun",
+            HISTORY_BYTES,
+        )  # fmt: skip
         player = Player(
             course,
             encoder(config.height, config.width),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worldsim.replay import Replay
+from worldsim.replay import HISTORY, Replay
 from worldsim.rollout import OnStep
 from worldsim.session import Session
 from worldsim.state import Block, Played
@@ -38,6 +38,7 @@ class Course:
         opened: opens a session under a seed and, where given, a first picture.
         branches: how many forks may be kept.
         run: where the replay file is written, or None.
+        history: bytes of the snapshots that a recorded run may keep to rewind to.
 
     Attributes:
         run: as it was given.
@@ -48,7 +49,11 @@ class Course:
     """
 
     def __init__(
-        self, opened: Callable[..., Session], branches: int = 8, run: Path | None = None
+        self,
+        opened: Callable[..., Session],
+        branches: int = 8,
+        run: Path | None = None,
+        history: int = HISTORY,
     ) -> None:
         self.seed = 0
         self.path: deque[Place] = deque(maxlen=PATH_KEPT)
@@ -56,6 +61,7 @@ class Course:
         self.behind: deque[Played] = deque()
         self._opened = opened
         self._most = branches
+        self._history = history
         self.run = run
         self._session: Session | None = None
         self._replay: Generator[tuple[int, Block], None, None] | None = None
@@ -92,7 +98,7 @@ class Course:
         Raises:
             ValueError, OSError: as `begin`.
         """
-        session = replay.open()
+        session = replay.open(self._history)
         self.close()
         self._session, self.seed = session, session.settings.seed
         self._replay, self._left = replay.__iter__(), replay.run.blocks

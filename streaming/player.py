@@ -389,8 +389,12 @@ class Player:
                 self._urgent = True
                 self._allowed = self.clock()
             return
-        except Differs as error:
-            self.tell("notice", text=f"this is another world than was recorded: {error}")
+        except (Differs, ValueError) as error:
+            if not self.course.replaying:
+                raise
+            differs = isinstance(error, Differs)
+            why = "another world than was recorded" if differs else "a run that makes no sense"
+            self.tell("notice", text=f"this is {why}: {error}")
             self._begin(self.course.seed)
             return
         encoding = self.clock()
@@ -534,8 +538,9 @@ class Player:
     def _do_load(self, replay: Replay) -> None:
         try:
             self.course.follow(replay)
-        finally:
-            self._anew()
+        except OSError as error:
+            self.tell("notice", text=f"no replay file is written: {error}")
+        self._anew()
 
     def _do_rewind(self, block: int) -> None:
         self._withdraw()

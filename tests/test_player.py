@@ -507,6 +507,49 @@ def test_a_run_of_another_world_is_told(seat: Seat, world: World) -> None:
     assert player.ended is None and not player.course.replaying
 
 
+def test_a_line_that_makes_no_sense_ends_the_run_and_not_the_player(
+    seat: Seat, world: World
+) -> None:
+    player, clock = seat()
+    play(player, clock, 3)
+    assert player.course.run is not None
+    run = read_run(player.course.run).straight()
+    run.lines[1]["controls"] = [{"buttens": []}]  # type: ignore[index]
+    player.ask("load", Replay(world, run))
+    work(player, clock)
+    play(player, clock, 3)
+    assert any("buttens" in told.data.get("text", "") for told in player.told())
+    assert player.ended is None and not player.course.replaying
+
+
+def test_a_run_that_cannot_be_opened_changes_nothing(seat: Seat, world: World) -> None:
+    player, clock = seat(late_latching=False)
+    shown = play(player, clock, 2)
+    assert player.waiting() is not None
+    assert player.course.run is not None
+    replay = Replay(world, read_run(player.course.run).straight())
+
+    def closed(_: int) -> Any:
+        raise ValueError("no such run")
+
+    replay.open = closed  # type: ignore[method-assign]
+    player.ask("load", replay)
+    work(player, clock)
+    shown += play(player, clock, 2)
+    assert any("no such run" in told.data.get("text", "") for told in player.told())
+    assert pixels(shown) == walked(world, [frozenset()] * 4)
+
+
+def test_a_run_keeps_no_more_to_rewind_to_than_its_player_may(world: World, tmp_path: Path) -> None:
+    with world.session() as session:
+        session.record(tmp_path / "run.wsrun")
+        session.step()
+    course = Course(lambda seed: world.session(seed=seed), history=0)
+    course.follow(Replay(world, read_run(tmp_path / "run.wsrun")))
+    assert course.session.history.most == 0
+    course.close()
+
+
 # --- turns ----------------------------------------------------------------------------------------
 def test_players_take_turns_and_shares_are_counted(seat: Seat) -> None:
     clock = Clock()
