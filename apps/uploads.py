@@ -71,7 +71,9 @@ def recorded(data: bytes, world: World, wanted: Settings) -> Replay:
     except (LookupError, TypeError, AttributeError):
         raise ValueError("this file makes no sense") from None
     replay = Replay(world, straight)
-    if replace(replay.settings, seed=0) != replace(wanted, seed=0):
+    # A run that began with a picture has that as a block of its own, which costs no more.
+    own, alone = replay.settings, wanted.independent_first_frame
+    if replace(own, seed=wanted.seed, independent_first_frame=alone) != wanted:
         raise ValueError(
             "this run was recorded under other settings (steps, cache, schedule or dtype): start "
             "worldsim play with the same"

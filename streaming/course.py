@@ -80,6 +80,12 @@ class Course:
     def replaying(self) -> bool:
         return self._replay is not None
 
+    @property
+    def oldest(self) -> int:
+        """The block to right before which one may go back: what was given is not made again."""
+        now = self.session.now
+        return max(now.reach, len(now.given))
+
     def begin(self, seed: int, *pictures: Any) -> None:
         """Go on in a new session.
 
@@ -126,8 +132,9 @@ class Course:
             replay.close()  # and with it its own session
 
     def rewind(self, block: int) -> None:
-        """Go back to right before a block. It is there once nothing is ``behind`` any more: as
-        `Session.rewind`, but a block at a time, since others play meanwhile.
+        """Go back to right before a block, or the first that was not given. It is there once
+        nothing is ``behind`` any more: as `Session.rewind`, but a block at a time, since others
+        play meanwhile.
 
         Raises:
             ValueError: for a block that it has not come to, or the way to which is forgotten.
@@ -136,6 +143,7 @@ class Course:
         session = self.session
         session.settle()
         now = session.now
+        block = max(block, len(now.given))
         if not 0 <= block <= now.block:
             raise ValueError(f"cannot go back to block {block}: the next one is {now.block}")
         start = session.history.before(block, now)

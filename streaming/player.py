@@ -504,7 +504,7 @@ class Player:
     def _look_around(self) -> None:
         """Note what others may want to know, who may not ask the session."""
         now, pool = self.course.session.now, self.course.session.context.pool
-        self.block, self.oldest, self.asked = now.block, now.reach, now.asked.prompt
+        self.block, self.oldest, self.asked = now.block, self.course.oldest, now.asked.prompt
         table = self.course.session.context.table
         self.cache_bytes = sum(pool.page_nbytes(pool.kind(entry.page)) for entry in table)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -217,6 +218,10 @@ def test_a_picture_is_uploaded(open_server: tuple[str, Room]) -> None:
         assert httpx.post(address, content=file.getvalue()).status_code == 200
         while browser.pictures[-1][3] == run:
             browser.watch(1)
+        saved = httpx.get(f"{url}/worldsim/{key}/run.wsrun").content
+        answer = httpx.post(f"{url}/worldsim/{key}/run", content=saved)
+        assert answer.status_code == 200, answer.text
+        browser.until("state", replaying=True)
         for wrong in (b"", b"no picture", file.getvalue()[:60], b"GIF89a" + b"\0" * 50):
             assert httpx.post(address, content=wrong).status_code == 400
         assert httpx.post(address, content=b"\0" * (9 * 2**20)).status_code == 400
@@ -234,6 +239,21 @@ def test_pictures_are_cut_to_shape_and_large_ones_refused() -> None:
     Image.new("1", (8192, PIXELS // 8192 + 8)).save(file, "PNG")
     with pytest.raises(ValueError, match="pixels"):
         opening_picture(file.getvalue(), (8, 8))
+
+
+def test_a_run_that_began_with_a_picture_is_taken(
+    make_world: Callable[..., World], tmp_path: Path
+) -> None:
+    wide = make_world(block_frames=3, steps=1)
+    picture = np.full((1, wide.config.height, wide.config.width, 3), 90, np.uint8)
+    with wide.session(pictures=picture) as session:
+        session.record(tmp_path / "run.wsrun")
+        session.step()
+    wanted = wide.settings()
+    replay = recorded((tmp_path / "run.wsrun").read_bytes(), wide, wanted)
+    assert replay.settings.independent_first_frame and not wanted.independent_first_frame
+    with pytest.raises(ValueError, match="other settings"):
+        recorded((tmp_path / "run.wsrun").read_bytes(), wide, wide.settings(steps=2))
 
 
 def test_a_replay_file_of_very_many_lines_is_refused(world: World) -> None:

@@ -430,6 +430,11 @@ def test_a_picture_begins_a_session(seat: Seat, world: World) -> None:
     with world.session(pictures=picture[None]) as session:
         wanted = [Webp()(frame) for _ in range(2) for frame in session.step().frames]
     assert pixels(shown) == wanted
+    # What was given stays given: one goes back to what was made of it.
+    assert player.oldest == 1
+    player.ask("rewind", 0)
+    work(player, clock)
+    assert pixels(play(player, clock, 2)) == wanted
 
 
 def test_what_is_recorded_is_what_was_shown(seat: Seat) -> None:
