@@ -41,6 +41,7 @@ NEVER = float("inf")
 TIMES_KEPT = 300  # of making a block: what p99 is taken from
 HEARD_KEPT = 64  # controls since the last block; of more, the oldest are made one
 COMMANDS_KEPT = 64  # that wait to be done; more are refused
+LARGE = ("load", "begin")  # commands of which one at a time waits: they hold a file
 UNANSWERED = 256  # blocks sent of which no picture was acknowledged yet
 
 
@@ -198,10 +199,11 @@ class Player:
 
     def ask(self, what: str, *values: Any) -> bool:
         """Note a command; what it does is the method ``_do_…`` of its name. False, and the player
-        is told, if too many wait already."""
+        is told, if too many wait already, or another file."""
         with self._lock:
             self.active = self.clock()
-            if taken := len(self._commands) < COMMANDS_KEPT:
+            large = what in LARGE and any(waiting in LARGE for waiting, _ in self._commands)
+            if taken := not large and len(self._commands) < COMMANDS_KEPT:
                 self._commands.append((what, values))
                 self.paused = self.paused or what == "pause"
         if taken:

@@ -357,6 +357,9 @@ def test_too_many_commands_are_refused(seat: Seat) -> None:
     asked = [player.ask("resume") for _ in range(COMMANDS_KEPT + 1)]
     assert asked == [True] * COMMANDS_KEPT + [False]
     assert not player.ask("pause") and not player.paused
+    other, _ = seat()
+    assert other.ask("begin", None) and not other.ask("load", None) and other.ask("fork")
+    other._commands.clear()
     assert all("too much waits" in told.data["text"] for told in player.told())
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import random_world
 
-from worldsim.replay import Differs, Replay, parse_run, read_run
+from worldsim.replay import Differs, Replay, Run, parse_run, read_run
 from worldsim.session import Session
 from worldsim.world import World
 
@@ -144,6 +145,46 @@ def test_forks_that_are_gone_keep_their_numbers(world: World, tmp_path: Path) ->
     assert [line["fork"] for line in run.lines if "fork" in line] == [1, 2]
     assert len(list(Replay(world, run))) == 2
     assert world.pool.used_pages == 0
+
+
+def ways(lines: list[dict[str, int]]) -> dict[int, list[int]]:
+    """Of every branch, as it was done."""
+    ways: dict[int, list[int]] = {0: []}
+    made = -1
+    for line in lines:
+        own = ways.setdefault(line.get("branch", 0), [])
+        if "fork" in line:
+            ways[line["fork"]] = list(own)
+        elif "rewind" in line:
+            del own[line["rewind"] :]
+        else:
+            own.append(made := made + 1)
+    return ways
+
+
+def test_the_way_to_the_end_of_any_branch() -> None:
+    dice = random.Random(5)
+    for _ in range(300):
+        lines = []
+        for _ in range(dice.randrange(60)):
+            line = dice.choice(({"block": 0},) * 5 + (
+                {"rewind": dice.randrange(9)}, {"fork": dice.randrange(4)}
+            ))  # fmt: skip
+            lines.append({**line, "branch": dice.randrange(4)})
+        run = Run({}, tuple(lines))
+        for branch, way in ways(lines).items():
+            assert run.way(branch) == way
+
+
+def test_very_many_forks_take_no_more_than_their_lines() -> None:
+    forks = [{"fork": number} for number in range(1, 20_001)]
+    run = Run({}, tuple([{"block": 0}] * 20_000 + forks))
+    tracemalloc.start()
+    try:
+        assert run.way(20_000) == list(range(20_000))
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_given_blocks_are_in_it(tmp_path: Path) -> None:

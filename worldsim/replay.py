@@ -142,19 +142,33 @@ class Run:
         Raises:
             ValueError: for a branch that it does not have.
         """
-        ways: dict[int, list[int]] = {0: []}
-        made = -1
+        # Onwards only how long each way is after each line, then back along the one: a file may
+        # have very many forks.
+        lengths: dict[int, int] = {0: 0}
+        after = []
         for line in self.lines:
-            own = ways.setdefault(line.get("branch", 0), [])
+            own = line.get("branch", 0)
+            length = lengths.setdefault(own, 0)
             if "fork" in line:
-                ways[line["fork"]] = list(own)
+                lengths[line["fork"]] = length
             elif "rewind" in line:
-                del own[line["rewind"] :]
+                lengths[own] = len(range(length)[: line["rewind"]])
             elif "block" in line:
-                own.append(made := made + 1)
-        if branch not in ways:
-            raise ValueError(f"there is no branch {branch}: this recording has {sorted(ways)}")
-        return ways[branch]
+                lengths[own] = length + 1
+            after.append(lengths[own])
+        if branch not in lengths:
+            raise ValueError(f"there is no branch {branch}: this recording has {sorted(lengths)}")
+        way: list[int] = []
+        made, left = self.blocks, lengths[branch]  # of its blocks, how many are still to be found
+        for line, length in zip(reversed(self.lines), reversed(after), strict=True):
+            block = "block" in line and "fork" not in line and "rewind" not in line
+            made -= "block" in line
+            if "fork" in line:
+                branch = line.get("branch", 0) if line["fork"] == branch else branch
+            elif block and length == left and line.get("branch", 0) == branch:
+                way.append(made)
+                left -= 1
+        return way[::-1]
 
     def straight(self, branch: int = 0) -> "Run":
         """Only the blocks that led to the end of a branch, without forks and rewinds.
