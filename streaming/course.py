@@ -94,8 +94,10 @@ class Course:
             OSError: if no replay file can be written; the new one goes on.
         """
         session = self._opened(seed, *pictures)
-        self.close()
-        self._session, self.seed = session, seed
+        try:
+            self.close()
+        finally:  # also where the old one's file could not be ended
+            self._session, self.seed = session, seed
         self._record()
 
     def follow(self, replay: Replay) -> None:
@@ -105,9 +107,11 @@ class Course:
             ValueError, OSError: as `begin`.
         """
         session = replay.open(self._history)
-        self.close()
-        self._session, self.seed = session, session.settings.seed
-        self._replay, self._left = replay.__iter__(), replay.run.blocks
+        try:
+            self.close()
+        finally:
+            self._session, self.seed = session, session.settings.seed
+            self._replay, self._left = replay.__iter__(), replay.run.blocks
         self._record()
 
     def step(self, on_step: OnStep | None = None) -> Block:
@@ -202,14 +206,16 @@ class Course:
             self.drop(number)
         self.behind.clear()
         self.path.clear()
-        if self.run is not None:
-            self.run.unlink(missing_ok=True)
-        if session is not None:
-            if session.recorder is not None:
+        try:
+            if self.run is not None:
+                self.run.unlink(missing_ok=True)
+            if session is not None and session.recorder is not None:
                 session.recorder.close()
-            session.close()
-        if replay is not None:
-            replay.close()
+        finally:
+            if session is not None:
+                session.close()
+            if replay is not None:
+                replay.close()
 
     def _walked_to(self, block: int) -> None:
         while self.path and self.path[-1][0] >= block:

@@ -469,6 +469,29 @@ def test_a_full_disk_ends_the_film_and_not_the_player(seat: Seat) -> None:
     assert player.ended is None
 
 
+@pytest.mark.parametrize("load", (False, True))
+def test_a_full_disk_costs_the_replay_file_and_not_the_next_session(
+    seat: Seat, world: World, load: bool
+) -> None:
+    player, clock = seat()
+    play(player, clock, 2)
+    recorder, run = player.course.session.recorder, player.course.run
+    assert recorder is not None and run is not None
+    replay = Replay(world, read_run(run).straight())
+
+    def full() -> None:
+        raise OSError("no space left on device")
+
+    recorder.close = full  # type: ignore[method-assign]
+    player.ask(*(("load", replay) if load else ("reset", 0)))
+    work(player, clock)
+    assert pixels(play(player, clock, 2)) == walked(world, [frozenset()] * 2)
+    assert any("no space" in told.data.get("text", "") for told in player.told())
+    assert player.ended is None
+    player.close()
+    assert world.pool.used_pages == 0, "the session before was not closed"
+
+
 def test_a_saved_run_is_played_again_and_taken_over(seat: Seat, world: World) -> None:
     player, clock = seat()
     player.control(ControlState(FORWARD, event_id=1))
