@@ -144,15 +144,8 @@ class Course:
             ValueError: for a block that it has not come to, or the way to which is forgotten.
         """
         self.take_over()
-        session = self.session
-        session.settle()
-        now = session.now
-        block = max(block, len(now.given))
-        if not 0 <= block <= now.block:
-            raise ValueError(f"cannot go back to block {block}: the next one is {now.block}")
-        start = session.history.before(block, now)
-        session.restore(start)
-        self.behind.extend(now.past[start.block - now.reach : block - now.reach])
+        block = max(block, len(self.session.now.given))
+        self.behind.extend(self.session.go_back(block))
         self._walked_to(block)
 
     def catch_up(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from worldsim.controls import ControlState
+from worldsim.history import STRIDE
 from worldsim.replay import Differs, Replay, read_run
 from worldsim.streaming.course import Course
 from worldsim.streaming.latency import PARTS, Latency, quantile, trip
@@ -391,6 +392,19 @@ def test_rewound_and_played_again_is_the_same(seat: Seat) -> None:
     player.ask("rewind", 99)
     work(player, clock)
     assert any("99" in told.data.get("text", "") for told in player.told())
+
+
+def test_a_tap_before_a_kept_moment_is_not_heard_again(seat: Seat, world: World) -> None:
+    player, clock = seat()
+    shown = play(player, clock, STRIDE)
+    player.control(ControlState(FORWARD, event_id=1))
+    player.control(ControlState(event_id=2))
+    play(player, clock, 2)
+    assert player.course.session.history.before(STRIDE, player.course.session.now).block == STRIDE
+    player.ask("rewind", STRIDE)
+    work(player, clock)
+    shown += play(player, clock, 2)
+    assert pixels(shown) == walked(world, [frozenset()] * (STRIDE + 2))
 
 
 def test_a_fork_is_come_back_to(seat: Seat) -> None:
