@@ -170,10 +170,46 @@ def test_grids_that_cannot_be_are_refused_in_a_line() -> None:
         (replace(reading, name=d(1, 1)), r"no step before it: D\(1,0\) is missing"),
         (replace(reading, after=(d(5, 0),)), r"waits for D\(5,0\), which is not there"),
         (replace(reading, name=d(0, 0)), "twice"),
+        (replace(reading, leaves=(0, 0)), r"D.0,0. and D.1,0. both leave \(0, 0\)"),
+        (Placed(d(0, 1), 0, 1), r"D\(0,1\) at tick 0 needs D\(0,0\) of tick 0"),
+        (Placed(Name("commit", 0, CLEAN), 0, 1), r"C\(0,clean\) at tick 0 needs D\(0,0\)"),
+        (Placed(Name("commit", 0, 2), 1, 0), r"no step before it: D\(0,1\) is missing"),
+        (Placed(Name("decode", 0, CLEAN), 0, 1), r"V\(0,clean\) at tick 0 needs D\(0,0\)"),
+        (Placed(Name("decode", 1, CLEAN), 0, 1), "no step before it"),
+        (replace(reading, reads=((1, 0),), leaves=(1, 0)), r"reads \(1, 0\) of tick 1"),
     ):
         with pytest.raises(ValueError, match=f"^grid: .*{message}") as told:
             Grid((first, wrong), ranks=2)
         assert "\n" not in str(told.value)
+
+
+def test_steps_go_in_order_whatever_they_say_of_themselves() -> None:
+    early = (Placed(d(0, 1), 0, 0), Placed(d(0, 0), 1, 0))
+    with pytest.raises(ValueError, match=r"^grid: D\(0,1\) at tick 0 needs D\(0,0\) of tick 1"):
+        Grid(early)
+    parts = (Placed(d(0, 0), 0, 0), Placed(d(0, 0, 1), 1, 1), Placed(d(0, 1), 1, 0))
+    with pytest.raises(ValueError, match=r"D\(0,1\) at tick 1 needs D\(0,0\)/1 of tick 1"):
+        Grid((*parts, Placed(d(0, 1, 1), 2, 1)), 2)
+    later = (Placed(d(1, 0), 0, 0, leaves=(1, 0)), Placed(d(0, 0), 1, 0, reads=((1, 0),)))
+    with pytest.raises(ValueError, match=r"^grid: D\(0,0\) reads \(1, 0\), which is no earlier"):
+        Grid(later)
+
+
+@pytest.mark.parametrize(
+    ("context", "order", "lag"),
+    [
+        ("clean", "steps", 0),
+        ("last", "layers", 0),
+        ("output", "batch", 0),
+        ("lag", "joint", 0),
+        ("lag", "steps", 1),
+        ("joint", "serial", 0),
+    ],
+)
+def test_orders_that_a_context_forbids_are_refused(context: str, order: str, lag: int) -> None:
+    with pytest.raises(ValueError, match=f"^schedule: .* cannot be spread as {order}; it goes as"):
+        Schedule((1000, 500), context=context, order=order, lag=lag)
+    assert of("tpp").under("clean").order == "serial" and of("tpp").under("joint").rule == "joint"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,14 @@ CONTEXTS = ("clean", "fused", "last", "lag", "output", "joint")
 RULES = ("clean", "last", "output", "joint")  # and lag0, lag1, …; see `Schedule.rule`
 LAG_RULE = re.compile(r"lag(\d{1,3})")
 ORDERS = ("serial", "batch", "steps", "layers", "joint")
+SPREAD = {  # the orders that a context allows
+    "clean": ("serial",),
+    "fused": ("serial",),
+    "last": ("serial",),
+    "lag": ("serial", "batch", "steps", "layers"),
+    "output": ("serial", "steps"),
+    "joint": ("joint",),
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,13 @@ class Schedule:
                 )
         if self.lag < 0 or (self.lag and self.context != "lag"):
             raise ValueError(f"schedule: lag must be 0 or more, and only where it is; {self.lag}")
+        fits = SPREAD[self.context]
+        if self.order not in fits or (self.lag and self.order in ("steps", "layers")):
+            what = f"{self.context} {self.lag}" if self.lag else self.context
+            raise ValueError(
+                f"schedule: what reads {what} cannot be spread as {self.order}; it goes as "
+                f"{' or '.join(fits[:2] if self.lag else fits)}"
+            )
         if self.context in ("lag", "output", "joint") and any(
             len(steps) != len(self.steps) for steps in self.first_steps
         ):
@@ -153,17 +168,18 @@ class Schedule:
         return "clean" if self.context == "fused" else self.context
 
     def under(self, rule: str) -> "Schedule":
-        """The same levels under a rule that a model was trained with, see `rule`.
+        """The same levels under a rule that a model was trained with, see `rule`; its cells run one
+        after another, or in a joint window.
 
         Raises:
             ValueError: for one that nobody knows.
         """
         lagging = LAG_RULE.fullmatch(rule)
         if lagging:
-            return replace(self, context="lag", lag=int(lagging[1]))
+            return replace(self, context="lag", lag=int(lagging[1]), order="serial")
         if rule not in RULES:
             raise ValueError(f"schedule: a rule is {', '.join(RULES)}, lag0, lag1, …, not {rule!r}")
-        return replace(self, context=rule, lag=0)
+        return replace(self, context=rule, lag=0, order="joint" if rule == "joint" else "serial")
 
     @property
     def lanes(self) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ step stand in it as they can be run at the earliest. No executor counts ticks: e
 cells in order and waits for what they need, which is the same thing.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -75,6 +75,9 @@ class Grid:
             raise ValueError(f"grid: cells stand alone, independent or joint, not {self.together}")
         if len(self.at) != len(self.cells):
             raise ValueError("grid: a cell is there twice")
+        for cell in self.cells:
+            if cell.leaves and (other := self.writers[cell.leaves, cell.name.part]) != cell.name:
+                raise ValueError(f"grid: {cell.name} and {other} both leave {cell.leaves} behind")
         taken: dict[tuple[int, int], Name] = {}
         for cell in self.cells:
             if not 0 <= cell.rank < self.ranks or cell.tick < 0:
@@ -91,10 +94,24 @@ class Grid:
                 self._check_read(cell, key)
 
     def _check_steps(self, cell: Placed) -> None:
-        kind, block, level, part = cell.name
-        before = Name(kind, block, level - 1, part)
-        if kind == "denoise" and level > 0 and before not in self.at:
+        """Whatever it says of itself, a cell goes on from what its block is by then."""
+        before = self._before(cell.name)
+        if before is None:
+            return
+        if before not in self.at:
             raise ValueError(f"grid: {cell.name} has no step before it: {before} is missing")
+        self._check_before(cell, before)
+
+    def _before(self, name: Name) -> Name | None:
+        """The step, or the part of it, that leads to a cell; None where that is noise."""
+        kind, block, level, part = name
+        if kind == "denoise" and part:
+            return Name("denoise", block, level, part - 1)
+        if kind == "denoise":
+            return Name("denoise", block, level - 1, self._parts - 1) if level else None
+        if level == CLEAN:
+            level = self._steps[block]
+        return Name("denoise", block, level - 1, self._parts - 1)
 
     def _check_before(self, cell: Placed, name: Name) -> None:
         if name not in self.at:
@@ -119,10 +136,21 @@ class Grid:
             raise ValueError(
                 f"grid: {cell.name} at tick {cell.tick} reads {key} of tick {left.tick}"
             )
+        if key[0] >= cell.name.block and self.together != "joint":
+            raise ValueError(f"grid: {cell.name} reads {key}, which is no earlier block")
 
     @cached_property
     def at(self) -> Mapping[Name, Placed]:
         return {cell.name: cell for cell in self.cells}
+
+    @cached_property
+    def _parts(self) -> int:
+        return 1 + max(name.part for name in self.at)
+
+    @cached_property
+    def _steps(self) -> Counter[int]:
+        """How many each block has."""
+        return Counter(n.block for n in self.at if n.kind == "denoise" and not n.part)
 
     @cached_property
     def writers(self) -> Mapping[tuple[Key, int], Name]:
