@@ -15,6 +15,7 @@ from threading import Event, Thread
 from typing import Any, Protocol
 
 SILENT = 10.0  # seconds without a heartbeat after which a rank counts as hanging
+WAKING = 60.0  # seconds until its first one: its process loads what it needs to have a heart
 BEAT = 0.25  # seconds between two heartbeats
 GRACE = 0.75  # seconds in which others may still say what they know
 
@@ -113,11 +114,11 @@ class Watch:
             said = self._read(f"beat/{rank}")
             if said != self._heard[rank][0]:
                 self._heard[rank] = said, now
-        # Before its first beat a rank may take its time: it loads weights.
+        # Weights are loaded with a beating heart; only what comes before it may take longer.
         silent = [
             (now - when, rank)
             for rank, (said, when) in enumerate(self._heard)
-            if said and now - when > SILENT and not self._read(f"done/{rank}")
+            if now - when > (SILENT if said else WAKING) and not self._read(f"done/{rank}")
         ]
         return max(silent)[1] if silent else None
 
@@ -135,7 +136,8 @@ class Watch:
         return min(told, key=lambda failure: failure.peer, default=None)
 
     def silent(self, rank: int) -> Failure:
-        return Failure(rank, self.block(rank), f"hangs: no heartbeat for {SILENT:.0f} s")
+        limit = SILENT if self._heard[rank][0] else WAKING
+        return Failure(rank, self.block(rank), f"hangs: no heartbeat for {limit:.0f} s")
 
     def died(self, rank: int, code: int | None) -> Failure:
         """Of a process that ended with this exit code and no word."""

@@ -11,17 +11,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from worldsim.apps.opening import open_share
 from worldsim.share import Share, shares
 from worldsim.state import Block
 from worldsim.streaming import faults
-from worldsim.streaming.faults import RankFailed
+from worldsim.streaming.faults import RankFailed, Watch
 from worldsim.streaming.launch import Ranks
 from worldsim.streaming.ranks import Run
 from worldsim.streaming.sinks import open_sink
@@ -116,6 +118,26 @@ def test_a_stopped_rank_is_noticed(world_folder: Path, monkeypatch: pytest.Monke
         os.kill(pid, signal.SIGSTOP)
         told = failed(ranks, made, time.monotonic())
         assert re.match(r"rank 1 hangs: no heartbeat for \d+ s at block \d+; the run has", told)
+
+
+def test_a_rank_that_never_wakes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(faults, "time", SimpleNamespace(monotonic=lambda: now))
+    store = HashStore()
+    watch = Watch(store, 2)
+    store.set("beat/0", "1 0")
+    assert watch.listen() is None
+    now += faults.WAKING
+    store.set("beat/0", "2 0")
+    assert watch.listen() is None
+    now += 1
+    assert watch.listen() == 1
+    assert str(watch.silent(1)).startswith("rank 1 hangs: no heartbeat for 60 s at block 0")
+    store.set("beat/1", "1 0")
+    assert watch.listen() is None
+    now += faults.SILENT + 1
+    assert watch.listen() in (0, 1)
+    assert str(watch.silent(1)).startswith("rank 1 hangs: no heartbeat for 10 s at block 0")
 
 
 @pytest.mark.parametrize(
