@@ -68,9 +68,14 @@ def gathered(world: World, folder: str | Path) -> Session:
     """A serial session that goes on where a run over ranks stood.
 
     Raises:
-        ValueError: for a folder that is no such state, or an incomplete one.
+        ValueError: for a folder that is no such state, an incomplete one, or one of a ring.
     """
     files = sorted(Path(folder).glob("rank-*.safetensors"))
+    if any(file.stem.count("-") > 1 for file in files):  # a file for each lane
+        raise ValueError(
+            f"{folder} is of a ring, whose ranks have some of the layers each: go on with it over "
+            "as many ranks"
+        )
     if not files or not Path(folder, DECODER).is_file():
         raise ValueError(f"{folder} holds no complete state of a run over ranks")
     parts: list[Session] = []
@@ -83,11 +88,16 @@ def gathered(world: World, folder: str | Path) -> Session:
                 ), whole=False,
             ))  # fmt: skip
         taken = [part.snapshot() for part in parts]
-        whole = Session(world, parts[0].settings, parts[0].asked)
         lanes_there = {lane for snapshot in taken for lane in snapshot.tables}
-        if lanes_there != set(whole.lanes):
+        if lanes_there != set(parts[0].settings.schedule.lanes):
             raise ValueError(f"{folder} lacks the state of some ranks")
-        whole.restore(united(taken, read_decoder(world, folder)))
+        decoding = read_decoder(world, folder)
+        whole = Session(world, parts[0].settings, parts[0].asked)
+        try:
+            whole.restore(united(taken, decoding))
+        except BaseException:
+            whole.close()
+            raise
         return whole
     finally:
         for part in parts:

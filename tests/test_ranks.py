@@ -116,6 +116,8 @@ def test_a_run_goes_on_from_its_saved_state(
     for mine, theirs in zip(made, expected[2:], strict=True):
         assert torch.equal(mine.latents, theirs.latents) and (mine.frames == theirs.frames).all()
     if name == "ring":  # whose ranks have some layers each
+        with pytest.raises(ValueError, match="is of a ring, whose ranks have some of the layers"):
+            gathered(world, state)
         return
     with gathered(world, state) as session:  # and one process can do it as well
         assert (session.block, session.decoded) == (2, 2)
@@ -124,9 +126,11 @@ def test_a_run_goes_on_from_its_saved_state(
             block = session.decode(session.denoise(session.follow(script)))
             assert torch.equal(block.latents, theirs.latents)
             assert (block.frames == theirs.frames).all()
+    promised = dict(world.pool_of(session.settings.size)._promised)
     (tmp_path / "block-000002" / "rank-1.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks the state of some ranks"):
         gathered(world, state)
+    assert world.pool_of(session.settings.size)._promised == promised, "no page stays promised"
     with pytest.raises(ValueError, match="holds no complete state"):
         gathered(world, str(tmp_path))
 
