@@ -17,7 +17,7 @@ from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pickle import UnpicklingError
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from typing import Any
 
 import numpy as np
@@ -145,15 +145,19 @@ class Ranks:
 
     def close(self) -> None:
         """End all ranks: well if they can, and for sure."""
-        self.stop()
-        until = time.monotonic() + STOPPING
-        with contextlib.suppress(RankFailed, ValueError):
-            if self._stream is not None:
-                self._stream.close()
-            for _ in self._received():  # nobody can finish who cannot deliver
-                if time.monotonic() > until:
-                    break
-        self._end()
+        late = Timer(STOPPING, self._kill)  # whatever it is that a rank or this thread waits for
+        late.daemon = True
+        late.start()
+        try:
+            self.stop()
+            with contextlib.suppress(RankFailed, ValueError):
+                if self._stream is not None:
+                    self._stream.close()
+                for _ in self._received():  # nobody can finish who cannot deliver
+                    pass
+        finally:
+            late.cancel()
+            self._end()
 
     def __enter__(self) -> "Ranks":
         return self
@@ -196,10 +200,13 @@ class Ranks:
         said = self._watch.said()
         return said if said is not None else self._watch.died(dead[0], codes[dead[0]])
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         for process in self._processes:
             if process.exitcode is None:
                 process.kill()
+
+    def _end(self) -> None:
+        self._kill()
         for process in self._processes:
             process.join()
         if hasattr(self, "_thread"):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import av
@@ -22,7 +23,7 @@ from torch.distributed import HashStore
 from worldsim.apps.opening import open_share
 from worldsim.share import Share, shares
 from worldsim.state import Block
-from worldsim.streaming import faults
+from worldsim.streaming import faults, launch
 from worldsim.streaming.faults import RankFailed, Watch
 from worldsim.streaming.launch import Ranks
 from worldsim.streaming.ranks import Run
@@ -177,6 +178,24 @@ def test_stopped_in_the_middle_blocks_on_their_way_still_come(world_folder: Path
     with opened(world_folder, blocks=None) as ranks:
         next(ranks.blocks())  # and closed without a word, too
     assert gone(ranks.pids)
+
+
+def test_closing_ends_whatever_hangs(world_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "SILENT", 1e6)  # nobody notices
+    monkeypatch.setattr(launch, "STOPPING", 0.5)
+    ranks = opened(world_folder, blocks=None)
+    try:
+        next(ranks.blocks())
+        pid = ranks.pids[1]
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        closing = Thread(target=ranks.close, daemon=True)
+        closing.start()
+        closing.join(LIMIT)
+        assert not closing.is_alive() and gone(ranks.pids)
+    finally:
+        for process in ranks._processes:
+            faults.kill(process)
 
 
 def test_controls_from_outside_hold_from_their_block_on(world_folder: Path) -> None:
