@@ -19,6 +19,7 @@ from worldsim.streaming.launch import Ranks
 from worldsim.streaming.ranks import Run
 from worldsim.streaming.sinks import check_writable
 from worldsim.wavefront import spread
+from worldsim.world import World
 
 WARM_UP = 6  # blocks before any is timed
 
@@ -82,8 +83,8 @@ def measure(options: RanksBenchOptions) -> dict[str, Any]:
         blocks=options.blocks, decoding=options.decoding and sleep is None, overlap=False,
         rehearse=sleep, log=True,
     )  # fmt: skip
-    one = _run(replace(plain, ranks=1), shares(settings.schedule, 1, 1))[0]
-    many, ranks = _run(plain, parts)
+    one = _run(replace(plain, ranks=1), shares(settings.schedule, 1, 1), world)[0]
+    many, ranks = _run(plain, parts, world)
     grid = spread(settings.schedule, options.blocks, options.ranks)
     ran = [cell for rank in range(options.ranks) for cell in ranks.ran[rank]]
     declared = [
@@ -114,8 +115,8 @@ def measure(options: RanksBenchOptions) -> dict[str, Any]:
     return figures
 
 
-def _run(run: Run, parts: Any) -> tuple[Measured, Ranks]:
-    with Ranks(run, parts) as ranks:
+def _run(run: Run, parts: Any, world: World) -> tuple[Measured, Ranks]:
+    with Ranks(run, parts, world) as ranks:
         return _timed(ranks.blocks()), ranks
 
 

@@ -143,7 +143,7 @@ def run(options: StreamOptions) -> None:
                         assert planned is not None
                         threads = options.threads
                         left = pictures - keep
-                        made = stream_ranks.over_ranks(*planned, writer, left, threads)
+                        made = stream_ranks.over_ranks(*planned, world, writer, left, threads)
                     _follow(made, pictures - keep, tally, profile, console)
                 except KeyboardInterrupt:
                     interrupted = True

@@ -130,7 +130,7 @@ def delivered(
 
 
 def over_ranks(
-    run: Run, parts: list[Share], writer: Writer, pictures: int, threads: int | None
+    run: Run, parts: list[Share], world: World, writer: Writer, pictures: int, threads: int | None
 ) -> Generator[Block, None, None]:
     """A run over processes, block by block: those that torchrun started, or ones of our own.
 
@@ -142,7 +142,7 @@ def over_ranks(
 
         yield from delivered(joined(run, parts), writer, pictures)
         return
-    with Ranks(run, parts, threads or 1) as ranks:
+    with Ranks(run, parts, world, threads or 1) as ranks:
         yield from delivered(ranks.blocks(), writer, pictures)
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # as torch.distributed has them
 
+from worldsim.controls import ControlState
 from worldsim.share import Share
 from worldsim.state import Block
 from worldsim.streaming.faults import (
@@ -38,6 +39,8 @@ from worldsim.streaming.faults import (
 )
 from worldsim.streaming.pipeline import prefetch
 from worldsim.streaming.ranks import Rank, Run
+from worldsim.streaming.words import check_words
+from worldsim.world import World
 
 HOST = "127.0.0.1"
 LOOK = 0.1  # seconds between two looks at the ranks
@@ -55,8 +58,9 @@ class Ranks:
         messages: of each such rank, how many it sent and received.
     """
 
-    def __init__(self, run: Run, shares: list[Share], threads: int = 1) -> None:
-        self.run = run
+    def __init__(self, run: Run, shares: list[Share], world: World, threads: int = 1) -> None:
+        """``world``: the one that runs, to know its controls and words; it needs no weights."""
+        self.run, self._world = run, world
         self.ran: dict[int, list[tuple[str, int, int]]] = {}
         self.messages: dict[int, tuple[int, int]] = {}
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
@@ -133,11 +137,31 @@ class Ranks:
 
     def tell(self, name: str, **arguments: Any) -> None:
         """Do something to the first rank's session before its next block: ``control``, ``cut``,
-        ``flush`` or ``reset``."""
+        ``flush`` or ``reset``.
+
+        Raises:
+            ValueError: for what this world does not know; the run goes on.
+        """
         if name not in ("control", "cut", "flush", "reset", "stop"):
             raise ValueError(f"ranks know no {name!r}")
+        if name == "control":
+            self._check(**arguments)
         with contextlib.suppress(OSError):  # gone: `blocks` tells why
             self._orders.send((name, arguments))
+
+    def _check(
+        self,
+        buttons: Collection[str] | None = None,
+        prompt: str | None = None,
+        state: ControlState | None = None,
+    ) -> None:
+        """Refuse here what `Session.control` would refuse there, where it would end the run."""
+        if state is None:
+            state = ControlState(frozenset(buttons or ()), prompt=prompt)
+        elif buttons is not None or prompt is not None:
+            raise ValueError("control: give buttons and a prompt, or a state that holds both")
+        if (words := self._world.actions.heard(state).prompt) is not None:
+            check_words(self._world, words)
 
     def stop(self) -> None:
         """Have no more blocks begun; those in the making still come."""

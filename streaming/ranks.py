@@ -245,7 +245,9 @@ class Rank:
             )
         session.heed(order.played)
         x = self._latents(flat, session.latent_shape)
-        return session.denoise(order.played.applied.controls, x=x)
+        block = session.denoise(order.played.applied.controls, x=x)
+        block.applied = order.played.applied  # events are counted where they are heard
+        return block
 
     def _received(self) -> Iterator[tuple[Order, Block]]:
         """Finished blocks, on the rank that only decodes."""

@@ -6,7 +6,7 @@ from base64 import b64decode, b64encode
 import torch
 from torch import Tensor
 
-from worldsim.models.words import TextEncoder
+from worldsim.models.words import TextEncoder, WordEncoder
 from worldsim.share import Share
 from worldsim.streaming.faults import Store
 from worldsim.world import World
@@ -37,6 +37,18 @@ class Told:
         data = self._store.get(f"words/{prompt}")  # waits until the first rank has read it
         rows: Tensor = torch.load(io.BytesIO(b64decode(data)), weights_only=True)
         return rows.to(self._world.device)
+
+
+def check_words(world: World, prompt: str) -> None:
+    """Whether a world can read a prompt; its weights need not be there.
+
+    Raises:
+        ValueError: as `World.text`.
+    """
+    if world.text_encoder is None:
+        world.text(prompt)
+    elif isinstance(world.text_encoder, WordEncoder):
+        world.text_encoder.read(prompt)
 
 
 def share_words(world: World, store: Store, share: Share) -> None:

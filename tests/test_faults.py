@@ -59,7 +59,7 @@ def opened(
     opener = partial(open_share, str(folder), "float32", "cpu", None)
     run = replace(Run(opener, RANKS, told, blocks=blocks, rehearse=sleep), **others)  # type: ignore[arg-type]
     world = World.from_pretrained(folder, torch.float32)
-    return Ranks(run, shares(world.settings(**told).schedule, 2, RANKS))  # type: ignore[arg-type]
+    return Ranks(run, shares(world.settings(**told).schedule, 2, RANKS), world)  # type: ignore[arg-type]
 
 
 def gone(pids: Sequence[int | None]) -> bool:
@@ -202,6 +202,9 @@ def test_controls_from_outside_hold_from_their_block_on(world_folder: Path) -> N
     with opened(world_folder, blocks=None, sleep=None, scripted=False) as ranks:
         blocks = ranks.blocks()
         first = next(blocks)
+        for wrong in ({"prompt": "x y z zebra"}, {"buttons": ["KeyQ"]}):
+            with pytest.raises(ValueError, match=r"zebra|KeyQ"):
+                ranks.tell("control", **wrong)
         ranks.tell("control", buttons=["KeyW"], prompt="blue tiles")
         ranks.tell("cut")
         made = [next(blocks) for _ in range(12)]
@@ -217,7 +220,9 @@ def test_controls_from_outside_hold_from_their_block_on(world_folder: Path) -> N
             if block.index == at:
                 serial.control(buttons=["KeyW"], prompt="blue tiles")
                 serial.cut()
-            assert torch.equal(serial.step().latents, block.latents), block.index
+            expected = serial.step()
+            assert torch.equal(expected.latents, block.latents), block.index
+            assert expected.applied == block.applied and block.applied.event == (block.index >= at)
 
 
 # --- the command -----------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def opened(
     given = {"prompt": PROMPTS, "controls": SCRIPT, "blocks": 6, "log": True} | others
     run = Run(partial(open_share, folder, dtype, "cpu", None), ranks, told, **given)  # type: ignore[arg-type]
     layers = world.transformer.config.num_layers
-    return Ranks(run, shares(world.settings(**told).schedule, layers, ranks))  # type: ignore[arg-type]
+    return Ranks(run, shares(world.settings(**told).schedule, layers, ranks), world)  # type: ignore[arg-type]
 
 
 def serial(world: World, name: str, steps: int, blocks: int = 6) -> list[Block]:
