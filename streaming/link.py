@@ -98,8 +98,16 @@ class Link:
         sent, received: how many, for counting.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """Of every message's tensor. ``device``: where the backend wants it."""
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Of every message's tensor. ``device``: where the backend wants it. ``group``: of its own,
+        where two ranks send both ways: NCCL does what one group is asked for in order."""
+        self._group = group
         self._shape, self._dtype, self._device = shape, dtype, device
         self.sent = self.received = 0
         self._posted: dict[int, tuple[list[dist.Work], list[Tensor]]] = {}
@@ -121,7 +129,7 @@ class Link:
             flat = payload.reshape(-1)
             body.view(-1)[: flat.numel()] = flat.to(self._device)
         try:
-            works = [dist.isend(part, to) for part in (head, body)]
+            works = [dist.isend(part, to, self._group) for part in (head, body)]
         except RuntimeError as error:
             raise PeerLost(f"rank {to} is gone: {error}") from None
         self._posted[to] = [work for work in works if work is not None], [head, body]
@@ -136,8 +144,8 @@ class Link:
         head = torch.empty(HEADER, dtype=torch.uint8)
         body = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         try:
-            dist.recv(head, source)
-            dist.recv(body, source)
+            dist.recv(head, source, self._group)
+            dist.recv(body, source, self._group)
         except RuntimeError as error:
             raise PeerLost(f"rank {source} is gone: {error}") from None
         self.received += 1

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from worldsim.config import Settings
@@ -262,7 +263,8 @@ class Ring:
     def _links(self, device: torch.device) -> tuple[Link, Link]:
         return (
             Link(self._hidden, self.world.dtype, device),
-            Link(self._back, torch.float32, device),
+            # With two ranks both ways lie between the same ones.
+            Link(self._back, torch.float32, device, dist.new_group()),
         )
 
     def _header(self, entering: Flight | None) -> bytes:
