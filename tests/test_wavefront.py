@@ -71,6 +71,8 @@ def test_a_rank_of_its_own_decodes() -> None:
     grid = spread(of("tpp", 2), 3, 3)
     decoded = [cell for cell in grid.cells if cell.name.kind == "decode"]
     assert [(cell.rank, cell.tick) for cell in decoded] == [(2, 2), (2, 3), (2, 4)]
+    assert [grid.done(block) for block in range(3)] == [2, 3, 4]
+    assert (grid.period, grid.delay) == (1, 3), "it is there when it is decoded"
 
 
 # --- what is read -----------------------------------------------------------------------------

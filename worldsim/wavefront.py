@@ -173,9 +173,9 @@ class Grid:
         return 1 + max(cell.name.block for cell in self.cells)
 
     def done(self, block: int) -> int:
-        """The tick in which a block's last step ends."""
-        steps = (c.tick for n, c in self.at.items() if n.kind == "denoise" and n.block == block)
-        return max(steps)
+        """The tick in which a block's last step ends, or its decoding on a rank that does so."""
+        work = (c.tick for n, c in self.at.items() if n.kind != "commit" and n.block == block)
+        return max(work)
 
     def begun(self, block: int) -> int:
         """The tick of a block's first step."""
