@@ -48,8 +48,11 @@ def run(options: SimulateOptions) -> None:
         ValueError: for what cannot be.
     """
     for name in ("stage_ms", "link_gbps"):
-        if getattr(options, name) <= 0:
+        if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+    for name in ("commit_ms", "decode_ms", "latency_us", "message_us", "batch"):
+        if not (getattr(options, name) or 0) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
     world = outline(options.world)
     settings = world.settings(steps=options.steps, cache=options.cache, schedule=options.name)
     schedule = settings.schedule

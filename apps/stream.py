@@ -87,7 +87,14 @@ def run(options: StreamOptions) -> None:
     if options.record is not None:
         check_writable(options.record)
     setting = options.setting
+    if options.ranks is not None and options.ranks < 1:
+        raise ValueError(f"--ranks must be 1 or more, got {options.ranks}")
     ranks = stream_ranks.under_torchrun() or options.ranks or 1
+    if ranks > 1 and ":" in options.device:
+        raise ValueError(
+            f"--device {options.device} is a single one, and each rank wants its own: give "
+            f"--device {options.device.partition(':')[0]}"
+        )
     if ranks == 1 and (options.resume or options.save_every):
         raise ValueError("--save-every and --resume go with --ranks 2 or more")
     if ranks == 1:

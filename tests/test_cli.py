@@ -194,6 +194,8 @@ BAD_OPTIONS = {
     ("--scale", "-1"): "scale is -1",
     ("--dtype", "float8"): "unknown dtype 'float8'",
     ("--device", "toaster"): "unknown device 'toaster'",
+    ("--device", "cuda:1", "--ranks", "2"): "--device cuda:1 is a single one, and each rank wants",
+    ("--ranks", "0"): "--ranks must be 1 or more, got 0",
     ("--threads", "0"): "threads must be 1 or more",
 }
 BAD_TARGETS = {
@@ -228,7 +230,7 @@ def test_bad_world(how: str, tmp_path: Path, world_folder: Path, monkeypatch, ca
 
 @pytest.mark.parametrize("option", BAD_OPTIONS)
 def test_bad_option(
-    option: tuple[str, str], tmp_path: Path, world_folder: Path, monkeypatch, capfd
+    option: tuple[str, ...], tmp_path: Path, world_folder: Path, monkeypatch, capfd
 ) -> None:
     arguments = ("stream", "walk.mp4", "--world", world_folder, *option)
     assert BAD_OPTIONS[option] in refused(monkeypatch, capfd, tmp_path, *arguments)
@@ -253,6 +255,8 @@ def test_bad_target(target: str, tmp_path: Path, world_folder: Path, monkeypatch
         ("train", "castle"),
         ("train", "maze", "--preset", "huge"),
         ("train", "maze", "--ranks", "0"),
+        ("schedule", "simulate", "tpp", "--stage-ms", "40", "--latency-us", "-1"),
+        ("schedule", "simulate", "tpp", "--stage-ms", "40", "--decode-ms", "-1"),
         ("sheet", "walks.jpg"),
         ("sheet", "missing/walks.png"),
         ("sheet", "walks.png", "--rows", "0"),
