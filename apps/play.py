@@ -101,6 +101,8 @@ def check(options: PlayOptions) -> str | None:
         raise ValueError("--auth is user:password")
     if token is not None and len(token) < 8:
         raise ValueError("--token is at least 8 letters, or 'new'")
+    if not 0 <= options.port <= 65535:
+        raise ValueError(f"--port must be in 0…65535, got {options.port}")
     if options.max_sessions < 1:
         raise ValueError(f"--max-sessions must be 1 or more, got {options.max_sessions}")
     if not options.idle_minutes > 0:

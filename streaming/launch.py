@@ -250,9 +250,12 @@ def _context() -> Any:
     # may lie: in the root of this repository, say.
     before = os.environ.get(SAFE)
     os.environ[SAFE] = "1"
+    # A Ctrl-C while it loads is this process's to tell; what it starts inherits the mask.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         if before is None:
             del os.environ[SAFE]
     return context
