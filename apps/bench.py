@@ -1,6 +1,5 @@
 """`worldsim bench`: where the time of a block goes, on this machine."""
 
-import resource
 import statistics
 import subprocess
 import sysconfig
@@ -21,6 +20,7 @@ from worldsim.apps.dtype_times import DTYPES, dtype_times
 from worldsim.apps.opening import MADE, open_world, shown_scale
 from worldsim.apps.part_times import PartTimes, time_parts
 from worldsim.apps.report import machine, print_table, write_json
+from worldsim.apps.resident import peak_mib
 from worldsim.apps.setting import Setting
 from worldsim.parts import COMPUTED, PARTS
 from worldsim.streaming.overlap import overlapped
@@ -97,7 +97,7 @@ def measure(world: World, options: BenchOptions) -> dict[str, Any]:
     if options.compile:
         compile_world(world, partial(setting.session, world), Console(stderr=True, highlight=False))
     fps = _overlapped(world, setting, warm_up, options.blocks)
-    peak = _peak_mib(world)  # a stream's: the roofline comes after it
+    peak = peak_mib(world.device)  # a stream's: the roofline comes after it
     times = time_parts(world, setting, warm_up, options.blocks)
     ms = {part: statistics.median(times.ms[part]) for part in PARTS}
     context = cache_times(world, setting, warm_up, options.blocks)
@@ -233,9 +233,3 @@ def _until_first_byte(command: list[str]) -> float:
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with code {process.returncode}")
     return seconds
-
-
-def _peak_mib(world: World) -> float:
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

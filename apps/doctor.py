@@ -110,7 +110,7 @@ def rows(needed: Forecast, there: int) -> Iterator[tuple[str, int]]:
         "scratch: rotated copies, staging": kept.scratch,
         "carry of the decoder": kept.carry,
         "latents": kept.latents,
-        "keys and values of the prompt": needed.prompt,
+        "keys and values of the prompt": kept.prompt,
         "pictures of a block": needed.pictures,
     }
     yield from ((part, count) for part, count in parts.items() if count)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event, Thread
-from typing import Any, Protocol
+from typing import Protocol
 
 SILENT = 10.0  # seconds without a heartbeat after which a rank counts as hanging
 WAKING = 60.0  # seconds until its first one: its process loads what it needs to have a heart
@@ -96,9 +96,6 @@ class Beat:
         self._over.set()
         store.set(f"done/{self._rank}", "1")
 
-    def stop(self) -> None:
-        self._over.set()
-
 
 class Watch:
     """The other side: notes heartbeats, and finds who is to blame."""
@@ -161,9 +158,3 @@ class Watch:
 def end_process(code: int = 1) -> None:
     """Leave at once: no handler, no other thread and no message in flight can hold it up."""
     os._exit(code)
-
-
-def kill(process: Any) -> None:
-    """End a rank's process for good, also one that is stopped (SIGSTOP)."""
-    if process.is_alive():
-        process.kill()

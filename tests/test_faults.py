@@ -205,7 +205,7 @@ def test_closing_ends_whatever_hangs(world_folder: Path, monkeypatch: pytest.Mon
         assert not closing.is_alive() and gone(ranks.pids)
     finally:
         for process in ranks._processes:
-            faults.kill(process)
+            process.kill()
 
 
 def test_controls_from_outside_hold_from_their_block_on(world_folder: Path) -> None:

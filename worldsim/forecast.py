@@ -40,7 +40,6 @@ class Forecast:
         weights: of each model, which all sessions of a world share.
         packed: copies of weights in the order of a CPU's products, see `worldsim.models.packed`.
         kept: what a session promises to hold, see `MemoryReport`.
-        prompt: cross-attention keys and values of what a session asks for.
         pictures: of the newest block.
         passes: what each part of a block's work takes for a while, at its most: ``gather``,
             ``denoise``, ``commit``, ``decode``.
@@ -49,7 +48,6 @@ class Forecast:
     weights: Mapping[str, int]
     packed: int
     kept: MemoryReport
-    prompt: int
     pictures: int
     passes: Mapping[str, int]
 
@@ -79,7 +77,7 @@ class Forecast:
             "weights": dict(self.weights),
             "packed": self.packed,
             "kept": self.kept.figures(),
-            "prompt": self.prompt,
+            "prompt": self.kept.prompt,
             "pictures": self.pictures,
             "passes": dict(self.passes),
             "world": self.world,
@@ -115,7 +113,6 @@ def forecast(
         weights=_weights(world),
         packed=packed_nbytes(world.transformer) if torch.device(device).type == "cpu" else 0,
         kept=world.memory_of(settings, context, None, history=0),
-        prompt=_prompt(world, settings),
         pictures=pictures,
         passes={
             "gather": _gather(context, frames),
@@ -137,10 +134,6 @@ def _weights(world: World) -> dict[str, int]:
         for name, model in models.items()
         if model is not None
     }
-
-
-def _prompt(world: World, settings: Settings) -> int:
-    return world.prompt_nbytes(settings.rows)
 
 
 # --- what comes and goes ----------------------------------------------------------------------
