@@ -1,8 +1,9 @@
 """The fastest kernel there is for one product or one attention: what a roofline is made of.
 
 What is compared are torch's own kernels, alone, on the very tensors: a linear as torch computes it
-and with its weight packed beforehand; attention as torch's kernel and as two products with a
-softmax between them, in buffers that are there already. On other devices nothing is compared.
+and with its weight packed beforehand; attention as torch's kernel, as the model's own products
+(`worldsim.models.products`), and as two products with a softmax between them in buffers that are
+there already. On other devices nothing is compared.
 
 Timing decides here what a *measurement* is set against; no pass of a model is chosen by it.
 """
@@ -17,10 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worldsim.models.packed import DTYPES
+from worldsim.models.products import by_products
 
 Run = Callable[[], object]
 Maker = Callable[[], Run]  # packing and buffers are made by it, outside of what is timed
 TRIES = 5
+ATTENTION: tuple[Callable[..., Any], ...] = (F.scaled_dot_product_attention, by_products)
 
 
 def ways(kernel: Callable[..., Any], args: tuple[Any, ...], options: Any) -> list[Maker]:
@@ -32,7 +35,9 @@ def ways(kernel: Callable[..., Any], args: tuple[Any, ...], options: Any) -> lis
     if kernel is F.linear and not options:
         made.append(partial(_packed, *args))
     masks = options.get("attn_mask") is not None or len(args) > 3
-    if kernel is F.scaled_dot_product_attention and not masks:
+    if kernel in ATTENTION and not masks:
+        others = [other for other in ATTENTION if other is not kernel]
+        made += [partial(partial, other, *args) for other in others]
         made.append(partial(_written_out, *args))
     return made
 

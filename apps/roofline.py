@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from worldsim.apps.fastest import Run, fastest, ways
+from worldsim.models.products import by_products
 
 
 def _by_row(out: Tensor, x: Tensor, *_: Any) -> int:
@@ -53,6 +54,7 @@ FLOPS: Mapping[Callable[..., Tensor], Callable[..., int]] = {
     Tensor.matmul: _by_row,
     Tensor.__matmul__: _by_row,
     F.scaled_dot_product_attention: _by_keys,
+    by_products: _by_keys,
     F.conv1d: _by_kernel,
     F.conv2d: _by_kernel,
     F.conv3d: _by_kernel,

@@ -1,13 +1,16 @@
 """Softmax attention: one function, several kernels.
 
-Shapes: B rows, H heads, Q queries, K keys, D head size. ``native`` (torch's SDPA) and ``matmul``
-(the formula, written out) are always there and need nothing; the others go through diffusers'
-dispatcher and are loaded on first use.
+Shapes: B rows, H heads, Q queries, K keys, D head size. ``native`` (the best that torch has here:
+its SDPA, or on some CPUs the products one by one, `worldsim.models.products`) and ``matmul`` (the
+formula, written out) are always there and need nothing; the others go through diffusers' dispatcher
+and are loaded on first use.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from worldsim.models.products import by_products, takes
 
 NATIVE = "native"
 MATMUL = "matmul"
@@ -24,6 +27,8 @@ def attention(
         backend: see `check_backend`.
     """
     if backend == NATIVE:
+        if mask is None and takes(q, k):
+            return by_products(q, k, v)
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if backend == MATMUL:
         return softmax_attention(q, k, v, mask)
@@ -34,11 +39,8 @@ def attention(
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The formula written out: what every kernel is tested against.
-
-    On a CPU in bfloat16 it is also the fastest for many short rows, since torch's SDPA does not
-    use the processor's bfloat16 products.
-    """
+    """The formula written out, for any device and with gradients: what every kernel is tested
+    against."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))

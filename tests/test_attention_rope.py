@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from worldsim.models import products
 from worldsim.models.attention import attention, check_backend, softmax_attention
+from worldsim.models.products import by_products
 from worldsim.models.rope import axis_pairs, rotate, rotate_pairs, rotation, token_positions
 
 GOLDEN = Path(__file__).parent / "golden" / "e_schedule.safetensors"
@@ -60,6 +62,62 @@ def test_other_kernels_equal_native(backend: str) -> None:
     assert check_backend(backend) == backend
     q, k, v = (randn(i, 2, 3, n, 64, dtype=torch.float32) for i, n in enumerate((24, 72, 72)))
     assert (attention(q, k, v, backend=backend) - attention(q, k, v)).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize("piece", [1, 3000, 1 << 20])  # a query, a few, several heads at a time
+@torch.inference_mode()
+def test_products_one_by_one_are_the_formula(
+    dtype: torch.dtype, bound: float, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "PIECE", piece)
+    rows_last = [randn(i, 2, n, 3, 16, dtype=dtype) for i, n in enumerate((40, 72, 72))]
+    for q, k, v in (
+        [x.transpose(1, 2) for x in rows_last],
+        [x.transpose(1, 2).contiguous() for x in rows_last],
+    ):
+        expected = softmax_attention(q.double(), k.double(), v.double())
+        assert (by_products(q, k, v) - expected).abs().max() <= bound
+    loud = by_products(80 * q, k, v)
+    assert loud.isfinite().all()
+
+
+@torch.inference_mode()
+def test_native_is_products_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (randn(i, 1, 2, n, 16, dtype=torch.float32) for i, n in enumerate((40, 72, 72)))
+    seen: list[int] = []
+    monkeypatch.setattr(products, "FASTER", (torch.float32,))
+
+    def noted(q: Tensor, *_: Tensor) -> Tensor:
+        seen.append(q.shape[-2])
+        return q
+
+    monkeypatch.setattr("worldsim.models.attention.by_products", noted)
+    attention(q, k, v)
+    attention(q, k, v, mask=torch.ones(40, 72, dtype=torch.bool))
+    attention(q[..., :8, :], k, v)  # a few queries
+    attention(*(x.double() for x in (q, k, v)))
+    with torch.inference_mode(False), torch.enable_grad():
+        attention(*(x.clone() for x in (q, k, v)))
+    monkeypatch.setattr(products, "SUMMED", 71)
+    attention(q, k, v)
+    assert seen == [40]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_products_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    q, k, v = (randn(i, 1, 2, n, 64, dtype=dtype) for i, n in enumerate((112, 2352, 2352)))
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made.append(by_products(q, k, v))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*made)
 
 
 def test_an_unknown_kernel_is_one_clear_line() -> None:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from worldsim.models import products
 from worldsim.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,8 +36,13 @@ def noise_of(inputs: dict[str, Tensor], first: int):
     return noise
 
 
+@pytest.mark.parametrize("faster", [(), (torch.float32,)], ids=["sdpa", "products"])
 @pytest.mark.parametrize("text", ["prompt_embeds", "prompt_embeds_padded"])
-def test_a_seven_blocks_with_global_attention(world, inputs, text: str) -> None:
+def test_a_seven_blocks_with_global_attention(
+    world, inputs, text: str, faster: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever this processor would choose, both ways have the reference's numbers.
+    monkeypatch.setattr(products, "FASTER", faster)
     golden = load_file(GOLDEN / "a_global_7blocks.safetensors")["x0"].transpose(1, 2)
     with world.session(
         prompt_embeds=inputs[text], noise=noise_of(inputs, 0), window=None, **SIZE
