@@ -19,8 +19,8 @@ from worldsim.apps.fastest import fastest, ways
 from worldsim.apps.opening import open_world
 from worldsim.apps.roofline import Call, Roofline, _Recorder
 from worldsim.apps.setting import Setting
+from worldsim.models.embedders import FIXED_ROWS
 from worldsim.models.products import by_products
-from worldsim.models.transformer import FIXED_ROWS
 from worldsim.session import Session
 from worldsim.world import World
 

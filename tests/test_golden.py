@@ -11,7 +11,8 @@ from torch import Tensor
 from worldsim.cache.config import CacheConfig
 from worldsim.cache.context import Context
 from worldsim.cache.pool import PagePool, PageShape
-from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning, time_sinusoid
+from worldsim.models.embedders import time_sinusoid
+from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
 from worldsim.models.view import ContextView
 from worldsim.rollout import Making, commit, denoise, publish
 from worldsim.schedule import CLEAN, Schedule, levels, shift_table

@@ -12,7 +12,8 @@ from worldsim.cache.config import CacheConfig
 from worldsim.cache.context import Context
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.models.context import ClipContext, block_causal
-from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning, time_sinusoid
+from worldsim.models.embedders import time_sinusoid
+from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
 from worldsim.models.view import ContextView
 from worldsim.models.weights import cast, load_model
 from worldsim.rollout import commit, publish, timesteps
