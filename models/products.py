@@ -11,6 +11,8 @@ than inside SDPA (against float64 0.4 % in place of 0.2 %, relative RMS).
 Shapes: B rows, H heads, Q queries, K keys, D head size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -26,7 +28,7 @@ def _dtypes() -> tuple[torch.dtype, ...]:
     """In which products one by one are the faster way on this processor."""
     if torch.cpu._is_amx_tile_supported():
         return ()
-    told = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     full_width = "AMD" in told.get("cpu_name", "") and told.get("avx512_vp2intersect", False)
     faster = {torch.bfloat16: torch.cpu._is_avx512_bf16_supported(), torch.float32: full_width}
     return tuple(dtype for dtype in DTYPES if faster[dtype])
