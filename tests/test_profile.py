@@ -77,7 +77,7 @@ def test_trace_names_every_part_of_consecutive_blocks(
 
     out, err = capfd.readouterr()
     assert out == ""
-    for shown in (*PARTS, "ms per block", "aten::addmm", "no operator", "trace.json"):
+    for shown in (*PARTS, "ms per block", "aten::", "no operator", "trace.json"):
         assert shown in err
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import sysconfig
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -15,6 +16,8 @@ from conftest import random_world
 from worldsim.replay import Differs, Replay, Run, parse_run, read_run
 from worldsim.session import Session
 from worldsim.world import World
+
+WORLDSIM = Path(sysconfig.get_path("scripts"), "worldsim")
 
 KEYS = ("KeyW", "KeyA", "KeyL", "KeyJ")
 
@@ -278,7 +281,7 @@ def test_what_cannot_be_recorded_says_so(world: World, tmp_path: Path) -> None:
 def test_the_command_line_records_and_replays(world_folder: Path, tmp_path: Path) -> None:
     def told(*args: object, code: int = 0) -> str:
         done = subprocess.run(
-            ["worldsim", *map(str, args)], capture_output=True, text=True, cwd=tmp_path
+            [WORLDSIM, *map(str, args)], capture_output=True, text=True, cwd=tmp_path
         )
         assert done.returncode == code, done.stderr
         return done.stderr

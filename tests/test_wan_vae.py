@@ -1,5 +1,7 @@
 """Wan's VAE as a stream: diffusers' bits however a clip is cut, and a model without state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ WAN22: dict[str, Any] = {
     "patch_size": 2, "in_channels": 12, "out_channels": 12, "decoder_base_dim": 12,
 }  # fmt: skip
 KINDS = pytest.mark.parametrize("kind", [WAN21, WAN22], ids=["wan2.1", "wan2.2"])
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}  # where that convolution is rounded differently
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -37,6 +40,24 @@ def diffusers_vae(kind: dict[str, Any] = WAN21, **config: Any) -> AutoencoderKLW
 
 def tiny(kind: dict[str, Any] = WAN21, dtype: torch.dtype = torch.float32) -> WanAutoencoder:
     return WanAutoencoder(cast(diffusers_vae(kind), dtype))
+
+
+@contextmanager
+def frame_by_frame(vae: AutoencoderKLWan) -> Iterator[None]:
+    """diffusers takes the 1×1 convolution at either end over the whole clip at once, and everything
+    else frame by frame. Such a convolution is the same for every frame, but some CPUs round it
+    differently where there are more of them (float32, last bit)."""
+    convolutions = (vae.quant_conv, vae.post_quant_conv)
+    for convolution in convolutions:
+        at_once = type(convolution).forward.__get__(convolution)
+        convolution.forward = lambda x, at_once=at_once: torch.cat(
+            [at_once(frame) for frame in x.split(1, dim=2)], dim=2
+        )
+    try:
+        yield
+    finally:
+        for convolution in convolutions:
+            del convolution.forward
 
 
 def pictures(seed: int = 0, batch: int = 1) -> Tensor:
@@ -65,8 +86,10 @@ def tensors(carry: Carry) -> list[Tensor]:
 def test_streaming_decode_is_diffusers_whole_clip(kind: dict[str, Any], dtype: torch.dtype) -> None:
     model, z = tiny(kind, dtype), latents(batch=2)
     raw = z.to(dtype) * by_channel(STD, dtype) + by_channel(MEAN, dtype)
-    whole = model.vae.decode(raw).sample
+    with frame_by_frame(model.vae):
+        whole = model.vae.decode(raw).sample
     assert whole.shape == (2, 3, PICTURES, *SIZE)
+    assert (model.vae.decode(raw).sample - whole).abs().max() <= CLOSE[dtype]
     for cuts in CUTS:
         carry: Carry = None
         parts = []
@@ -84,7 +107,10 @@ def test_streaming_decode_is_diffusers_whole_clip(kind: dict[str, Any], dtype: t
 @torch.inference_mode()
 def test_streaming_encode_is_diffusers_whole_clip(kind: dict[str, Any], dtype: torch.dtype) -> None:
     model, clip = tiny(kind, dtype), pictures(batch=2)
-    mode = model.vae.encode(clip.to(dtype)).latent_dist.mode()
+    with frame_by_frame(model.vae):
+        mode = model.vae.encode(clip.to(dtype)).latent_dist.mode()
+    at_once = model.vae.encode(clip.to(dtype)).latent_dist.mode()
+    assert (at_once - mode).abs().max() <= CLOSE[dtype]
     whole = (mode - by_channel(MEAN, dtype)) / by_channel(STD, dtype)
     assert whole.shape == (2, 4, LATENTS, 2, 3)
     for cuts in CUTS:
@@ -102,7 +128,8 @@ def test_what_the_decoder_overshoots_is_cut_off_as_diffusers_does() -> None:
     model = tiny()
     model.vae.decoder.conv_out.weight *= 20
     z = latents()
-    whole = model.vae.decode(z * by_channel(STD, z.dtype) + by_channel(MEAN, z.dtype)).sample
+    with frame_by_frame(model.vae):
+        whole = model.vae.decode(z * by_channel(STD, z.dtype) + by_channel(MEAN, z.dtype)).sample
     assert (float(whole.min()), float(whole.max())) == (-1.0, 1.0)
     assert torch.equal(model.decode(z)[0], whole)
 
