@@ -58,7 +58,7 @@ def run(options: DoctorOptions) -> None:
     there = room(options.memory, options.device)
     dtype = chosen_dtype(options)
     world = opened(options, dtype)
-    own = (world.config.height, world.config.width)
+    own = world.config.size
     height, width = (b if a is None else a for a, b in zip(options.size, own, strict=True))
     size = (height, width)
     needed = forecast(world, options.cache, size, options.device)

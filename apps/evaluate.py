@@ -98,7 +98,7 @@ def _check(options: EvaluateOptions) -> tuple[int, int]:
                 f"against, not {setting.world!r}"
             )
         setting.session(world).close()
-        sizes.add((world.config.height, world.config.width))
+        sizes.add(world.config.size)
     if len(sizes) > 1:
         raise ValueError(f"worlds of one size can be set side by side, not {sorted(sizes)}")
     return sizes.pop()

@@ -231,7 +231,7 @@ def build(room: Room, options: PlayOptions, token: str | None = None) -> Any:
         player = room.players.get(key)
         if player is None or not room.takes_pictures:
             return PlainTextResponse("there is nobody to show it to", 404)
-        size = (room.world.config.height, room.world.config.width)
+        size = room.world.config.size
         return await taken(player, "begin", request, opening_picture, size)
 
     blocks = page(room, options.root_path)

@@ -42,7 +42,7 @@ def plot_losses(folder: Path, out: Path) -> None:
 
 def draw_rollouts(world: World, out: Path) -> None:
     """Held-out walks, truth above what the world makes of the same controls."""
-    truth = held_out(ROWS, GIVEN + SECOND * SECONDS, (world.config.height, world.config.width))
+    truth = held_out(ROWS, GIVEN + SECOND * SECONDS, world.config.size)
     rollout_sheet(Played(lambda prompt, seed: world.session(prompt, seed)), truth, ROWS).save(out)
 
 

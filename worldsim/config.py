@@ -76,6 +76,15 @@ class WorldConfig:
         self.schedule()
         self.cache_config()
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture."""
+        return (self.height, self.width)
+
+    def sized(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The size that is asked for; None is the world's own."""
+        return (height or self.height, width or self.width)
+
     def schedule(self, steps: int | None = None, sampler: str | None = None) -> Schedule:
         """The world's schedule, or the same with another number of steps or for a sampler."""
         wanted = self.steps if steps is None else steps

@@ -97,8 +97,7 @@ class WorldEnv(gymnasium.Env[Frames, Any]):
         self.render_mode = "rgb_array"
         self.metadata = {**self.metadata, "render_fps": world.config.fps}
         self.action_space = action_space(world.actions)
-        size = (world.config.height, world.config.width)
-        size = (settings.get("height") or size[0], settings.get("width") or size[1])
+        size = world.config.sized(settings.get("height"), settings.get("width"))
         shape = (GROUP * world.config.block_frames, *size, 3)
         self.observation_space = spaces.Box(0, 255, shape, np.uint8)
         self._session: Session | None = None

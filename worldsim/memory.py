@@ -2,14 +2,17 @@
 
 from dataclasses import asdict, dataclass
 from math import ceil, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worldsim.cache.config import CacheConfig
 from worldsim.cache.context import Context
 from worldsim.cache.pool import PageKind
+from worldsim.config import Settings
 from worldsim.models.view import ContextView
 
-LATENT_BYTES = 4  # latents are float32
+if TYPE_CHECKING:
+    from worldsim.stocked import Stocked
+
 KEPT = 16  # snapshots at most
 
 
@@ -63,35 +66,32 @@ class MemoryReport:
 
 
 def report(
+    world: "Stocked",
+    settings: Settings,
     context: Context,
-    latent_shape: tuple[int, ...],
-    weights: int,
-    carry: int,
-    scratch: int | None = None,
-    rows: int = 1,
-    history: int = 0,
-    prompt: int = 0,
+    scratch: int | None,
+    history: int,
     given: int = 0,
 ) -> MemoryReport:
     """Of a session with this context, whether it runs yet or not.
 
     Args:
-        latent_shape: of a block, ``[1, C, F, h, w]``.
-        weights, carry: their bytes.
         scratch: what one of the session's views takes; None where it is not made yet.
-        rows: contexts of the session, see `Settings.rows`.
         history: bytes that its snapshots may keep.
-        prompt, given: their bytes.
+        given: bytes of the latents that it begins with.
     """
-    cache, pool, frames = context.config, context.pool, latent_shape[2]
+    shape = world.latents_of(settings.size, world.config.block_frames)
+    rows = settings.rows * len(settings.schedule.lanes)
+    decoder = world.autoencoder
+    cache, pool, frames = context.config, context.pool, shape[2]
     sink, _, recent = (PageKind(pool.shape.tokens, format_) for format_ in cache.formats)
     held = len(context.table.recent) if cache.recent is None else cache.recent
     kept = latents_kept(cache, frames)
     each = rows * sum(n * pool.page_nbytes(kind) for kind, n in context.needs(0).items())
-    block = LATENT_BYTES * prod(latent_shape)
+    block = latents_nbytes(shape)
     frame = pool.page_nbytes(recent) + ContextView.bytes_per_frame(context)
     return MemoryReport(
-        weights=weights,
+        weights=world.weights_nbytes,
         sink=rows * cache.sink * pool.page_nbytes(sink),
         mid=rows
         * sum(n * pool.page_nbytes(kind) for kind, n in context.form.needs(frames).items()),
@@ -99,13 +99,27 @@ def report(
         spare=rows * 2 * frames * pool.page_nbytes(recent),
         summaries=rows * context.form.nbytes,
         scratch=rows * (ContextView.bytes_needed(context, frames) if scratch is None else scratch),
-        carry=carry,
+        carry=0 if decoder is None else decoder.carry_nbytes(*shape[-2:]),
         history=snapshots_kept(history, each) * each,
         latents=(1 + (ceil(held / frames) if kept is None else kept)) * block,
-        prompt=prompt,
+        prompt=_prompt_nbytes(world, settings.rows),
         given=given,
         growth=0 if kept is not None else block + rows * frames * frame,
     )
+
+
+def latents_nbytes(shape: tuple[int, ...]) -> int:
+    """Of latents ``[1, C, F, h, w]``, which are float32."""
+    return 4 * prod(shape)
+
+
+def _prompt_nbytes(world: "Stocked", rows: int) -> int:
+    """Of the keys and values that a session with so many rows asks for in words."""
+    sizes = world.transformer.config
+    width = sizes.num_attention_heads * sizes.attention_head_dim
+    one = 2 * sizes.num_layers * world.text_length * width * world.dtype.itemsize
+    # The world keeps each prompt's own; a guided session has a copy of both, side by side.
+    return one if rows == 1 else 2 * rows * one
 
 
 def latents_kept(cache: CacheConfig, block_frames: int) -> int | None:
