@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,13 @@ from worldsim.apps.setting import Setting
 from worldsim.state import Block
 from worldsim.streaming.overlap import overlapped
 from worldsim.streaming.pipeline import Writer
-from worldsim.streaming.sinks import SinkClosed, check_writable, open_sink
+from worldsim.streaming.sinks import Sink, SinkClosed, check_writable, open_sink
 from worldsim.world import World
 
 if TYPE_CHECKING:
     from worldsim.apps.profiling import Profile
+
+Made = Callable[[Writer], Generator[Block, None, None]]  # hands its blocks on as they are made
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Tally:
     blocks: int = 0
     pictures: int = 0
     first: float = 0.0
+    interrupted: bool = False
 
     def add(self, pictures: int) -> None:
         self.blocks += 1
@@ -77,6 +80,44 @@ def run(options: StreamOptions) -> None:
         ValueError, OSError: one clear line, before anything is written.
     """
     console = Console(stderr=True, highlight=False, markup=False)
+    ranks = _checked(options)
+    world = _opened(options, ranks)
+    fps = world.config.fps if options.fps is None else options.fps
+    latents = latents_asked(world, options.prompt, options.controls)
+    pictures = length(options.seconds, latents, fps)
+    count = world.blocks_for(pictures, None if options.image is None else True)
+    kept = 0  # pictures that the file has already
+    made: Made
+    if ranks == 1:
+        made = partial(overlapped, world, _blocks(world, options, count), pictures=pictures)
+    else:
+        shared, parts = stream_ranks.planned(options, world, ranks, count)
+        if not stream_ranks.delivers(ranks):
+            return stream_ranks.pass_on(shared, parts)
+        if options.resume:
+            shared, kept = stream_ranks.resumed(shared, parts, world, options.out)
+        made = partial(
+            stream_ranks.over_ranks, shared, parts, world,
+            pictures=pictures - kept, threads=options.threads,
+        )  # fmt: skip
+    # A pipe gets the world's own pixels, a file what people can see.
+    scale = options.scale or (1 if options.out == "-" else shown_scale(world))
+    sink = open_sink(options.out, fps, scale, kept)
+    if options.compile:
+        _compile(world, options, console)
+    profile = _profile(world, options, count)
+    tally = _write(made, sink, pictures - kept, profile, console)
+    _summary(console, world, options, fps, tally)
+    if profile is not None:
+        profile.report(console)
+
+
+def _checked(options: StreamOptions) -> int:
+    """The number of ranks, once all that can be said without a world is said.
+
+    Raises:
+        ValueError, OSError: for what cannot be.
+    """
     for name, value in (("seconds", options.seconds), ("fps", options.fps)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name} must be above 0, got {value:g}")
@@ -86,7 +127,6 @@ def run(options: StreamOptions) -> None:
         check_writable(options.profile)
     if options.record is not None:
         check_writable(options.record)
-    setting = options.setting
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks must be 1 or more, got {options.ranks}")
     ranks = stream_ranks.under_torchrun() or options.ranks or 1
@@ -97,6 +137,12 @@ def run(options: StreamOptions) -> None:
         )
     if ranks == 1 and (options.resume or options.save_every):
         raise ValueError("--save-every and --resume go with --ranks 2 or more")
+    return ranks
+
+
+def _opened(options: StreamOptions, ranks: int) -> World:
+    """The world; where ranks have its weights, without them."""
+    setting = options.setting
     if ranks == 1:
         world = open_world(setting.world, setting.dtype, options.device, options.threads)
     else:
@@ -105,61 +151,7 @@ def run(options: StreamOptions) -> None:
         raise ValueError(
             f"{setting.world} has no decoder, so there is nothing to see: convert it with --base"
         )
-    fps = world.config.fps if options.fps is None else options.fps
-    latents = latents_asked(world, options.prompt, options.controls)
-    pictures = length(options.seconds, latents, fps)
-    count = world.blocks_for(pictures, None if options.image is None else True)
-    blocks = planned = None
-    if ranks == 1:
-        blocks = _blocks(world, options, count)
-    else:
-        planned = stream_ranks.planned(options, world, ranks, count)
-        if not stream_ranks.delivers(ranks):
-            return stream_ranks.pass_on(*planned)
-    # A pipe gets the world's own pixels, a file what people can see.
-    scale = options.scale or (1 if options.out == "-" else shown_scale(world))
-    keep = 0
-    if options.resume and planned is not None:
-        again, keep = stream_ranks.resumed(*planned, world, options.out)
-        planned = again, planned[1]
-    sink = open_sink(options.out, fps, scale, keep)
-    if options.compile:
-        from worldsim.apps.compiling import compile_world
-
-        opened = partial(
-            setting.session, world, guidance=options.guidance,
-            negative_prompt=options.negative_prompt,
-            independent_first_frame=None if options.image is None else True,
-        )  # fmt: skip
-        compile_world(world, opened, console)
-    profile = None
-    if options.profile is not None:
-        from worldsim.apps.profiling import Profile
-
-        profile = Profile(options.profile, world.device, setting.warm_up(world) or 0, count)
-        sink = profile.named(sink)
-    interrupted = False
-    with profile or contextlib.nullcontext():
-        tally, writer = Tally(time.perf_counter()), Writer(sink)
-        try:
-            with writer:
-                try:
-                    if blocks is not None:
-                        made = overlapped(world, blocks, writer, pictures)
-                    else:
-                        assert planned is not None
-                        threads = options.threads
-                        left = pictures - keep
-                        made = stream_ranks.over_ranks(*planned, world, writer, left, threads)
-                    _follow(made, pictures - keep, tally, profile, console)
-                except KeyboardInterrupt:
-                    interrupted = True
-        except SinkClosed:
-            interrupted = True
-    tally.pictures = writer.pictures  # an interrupted hand-over is still written
-    _summary(console, world, options, fps, tally, interrupted)
-    if profile is not None:
-        profile.report(console)
+    return world
 
 
 def _blocks(world: World, options: StreamOptions, count: int) -> Iterator[Block]:
@@ -180,6 +172,45 @@ def _blocks(world: World, options: StreamOptions, count: int) -> Iterator[Block]
         decoding=False, schedule=setting.schedule, guidance=options.guidance,
         negative_prompt=options.negative_prompt, pictures=options.image, record=options.record,
     )  # fmt: skip
+
+
+def _compile(world: World, options: StreamOptions, console: Console) -> None:
+    from worldsim.apps.compiling import compile_world
+
+    opened = partial(
+        options.setting.session, world, guidance=options.guidance,
+        negative_prompt=options.negative_prompt,
+        independent_first_frame=None if options.image is None else True,
+    )  # fmt: skip
+    compile_world(world, opened, console)
+
+
+def _profile(world: World, options: StreamOptions, count: int) -> "Profile | None":
+    if options.profile is None:
+        return None
+    from worldsim.apps.profiling import Profile
+
+    return Profile(options.profile, world.device, options.setting.warm_up(world) or 0, count)
+
+
+def _write(
+    made: Made, sink: Sink, pictures: int, profile: "Profile | None", console: Console
+) -> Tally:
+    """Make a stream and write it, until it ends or is broken off."""
+    if profile is not None:
+        sink = profile.named(sink)
+    with profile or contextlib.nullcontext():
+        tally, writer = Tally(time.perf_counter()), Writer(sink)
+        try:
+            with writer:
+                try:
+                    _follow(made(writer), pictures, tally, profile, console)
+                except KeyboardInterrupt:
+                    tally.interrupted = True
+        except SinkClosed:
+            tally.interrupted = True
+    tally.pictures = writer.pictures  # an interrupted hand-over is still written
+    return tally
 
 
 def _follow(
@@ -209,12 +240,7 @@ def _follow(
 
 
 def _summary(
-    console: Console,
-    world: World,
-    options: StreamOptions,
-    fps: float,
-    tally: Tally,
-    interrupted: bool,
+    console: Console, world: World, options: StreamOptions, fps: float, tally: Tally
 ) -> None:
     if not tally.pictures:
         console.print("worldsim: stopped before the first picture; nothing was written")
@@ -225,7 +251,7 @@ def _summary(
     if world.transformer.device.type == "meta":
         where = "over ranks"
     console.print(
-        f"{'stopped: ' if interrupted else ''}{tally.pictures} pictures ({seconds:.1f} s) to "
+        f"{'stopped: ' if tally.interrupted else ''}{tally.pictures} pictures ({seconds:.1f} s) to "
         f"{options.out} · {tally.fps:.0f} fps · first picture {tally.first:.2f} s after loading · "
         f"seed {options.seed} · {dtype} · {where}"
     )
