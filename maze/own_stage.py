@@ -12,11 +12,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from worldsim.maze.clips import Clip, Clips
-from worldsim.maze.critic import Critic, losses
 from worldsim.maze.dit_stage import (
     LatentWalks,
     copies_of,
@@ -28,6 +27,7 @@ from worldsim.maze.dit_stage import (
 )
 from worldsim.maze.fitting import Rank
 from worldsim.maze.footage import Library, make_walks
+from worldsim.maze.judged import Judged
 from worldsim.maze.layout import SIZE
 from worldsim.maze.recipe import Lesson, Recipe
 from worldsim.models.autoencoder import CausalAutoencoder
@@ -40,19 +40,13 @@ ALONE = 0.6  # share of returning clips that see at most two of the frames right
 FINAL = 0.5  # share of an own clip's frames that train the last step of a rollout
 
 
-class OwnFrames(nn.Module):
+class OwnFrames(Judged):
     """Flow matching on true and on own contexts, and a critic of the frames that come out."""
 
     def __init__(
         self, dit: CausalWanTransformer3DModel, words: WordEncoder, recipe: Recipe
     ) -> None:
-        super().__init__()
-        self.dit = dit
-        self.words = words
-        self.critic = Critic(dit.config.in_channels)
-        self.criticism = 0.0  # set by each lesson
-        schedule = Schedule.uniform(recipe.few_steps, recipe.shift)
-        self.levels = [(cell.sigma, cell.next_sigma) for cell in schedule.cells(0)]
+        super().__init__(dit, words, Schedule.uniform(recipe.few_steps, recipe.shift))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `own_batches` for the batch; the second half of its clips are own ones."""
@@ -82,27 +76,11 @@ class OwnFrames(nn.Module):
             context = torch.cat((context[:half], before))
             told[own] = said
 
-        spread = sigma[:, None, :, None, None]
         copies = copies_of(self.dit, batch["seen"], clean)
         predicted = noisy_flow(self.dit, text, batch, copies, context, told, noisy, sigma)
-        error = (predicted - (noisy - clean) / spread).square().mean(dim=(1, 3, 4))
         weight = batch["weight"]
-        x0 = (noisy - spread * predicted).transpose(1, 2)
         judged = batch["final"] & (weight > 0)
-        judged[:half] = False
-        true, shown = clean.transpose(1, 2)[judged], x0[judged]
-        noise = batch["context_eps"].transpose(1, 2)[judged]
-        maker, critic = losses(self.critic, true, shown, batch["themes"][judged], noise)
-        taught, own_error = error[:half], error[half:]
-        flow_loss = (error * weight).sum() / weight.sum()
-        return {
-            "loss": flow_loss + self.criticism * maker + critic,
-            "taught": (taught * weight[:half]).sum() / weight[:half].sum(),
-            "own": (own_error * weight[half:]).sum() / weight[half:].sum(),
-            "maker": maker,
-            "critic": critic,
-            "detail": detail(shown) / detail(true),
-        }
+        return self.figures(batch, noisy, sigma, predicted, weight, judged)
 
 
 def few_steps(
@@ -130,12 +108,6 @@ def worn(batch: Mapping[str, Tensor]) -> Tensor:
     x = (1 - share) * clean + share * blurred
     x = x * batch["gain"][:, :, None, None, None] + batch["offset"][:, :, None, None, None]
     return mixed(x, batch["context_eps"], batch["context_sigma"])
-
-
-def detail(frames: Tensor) -> Tensor:
-    """Spread of the differences of neighbouring latent pixels: what a blur loses."""
-    x = frames.detach()
-    return (x.diff(dim=-1).square().mean() + x.diff(dim=-2).square().mean()).sqrt()
 
 
 def own_batches(

@@ -11,41 +11,26 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from worldsim.maze.critic import Critic, losses
 from worldsim.maze.dit_stage import Text, mixed
 from worldsim.maze.fitting import Rank
-from worldsim.maze.own_stage import detail, own_batches
+from worldsim.maze.judged import Judged
+from worldsim.maze.own_stage import own_batches
 from worldsim.maze.recipe import Lesson, Recipe
 from worldsim.models.attention import MATMUL
 from worldsim.models.autoencoder import CausalAutoencoder
 from worldsim.models.context import ClipContext
-from worldsim.models.transformer import CausalWanTransformer3DModel, Conditioning
+from worldsim.models.transformer import Conditioning
 from worldsim.models.words import WordEncoder
-from worldsim.schedule import Schedule
 
 RULE = "lag0"  # the one that this stage trains
 UNLED = 0.4  # share of the clips from a walk's start of which no frame is given
 MOST_GIVEN = 5  # frames, of clips that remember none
 
 
-class SameLevel(nn.Module):
-    """Flow matching on true and on own clips, all frames at one level, and a critic.
-
-    Args:
-        schedule: the levels of the rollouts that it trains.
-    """
-
-    def __init__(
-        self, dit: CausalWanTransformer3DModel, words: WordEncoder, schedule: Schedule
-    ) -> None:
-        super().__init__()
-        self.dit = dit
-        self.words = words
-        self.critic = Critic(dit.config.in_channels)
-        self.criticism = 0.0  # set by each lesson
-        self.levels = [(cell.sigma, cell.next_sigma) for cell in schedule.cells(0)]
+class SameLevel(Judged):
+    """Flow matching on true and on own clips, all frames at one level, and a critic."""
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `rule_batches` for the batch; the second half of its clips are own ones."""
@@ -64,24 +49,9 @@ class SameLevel(nn.Module):
         x = _with_given(torch.cat((taught, inputs)), clean, given)
 
         predicted = self.flow(text, batch, x, sigma)
-        spread = sigma[:, None, :, None, None]
-        error = (predicted - (x - clean) / spread).square().mean(dim=(1, 3, 4))
-        weight = (~given).float()
         judged = ~given
-        judged[:half] = False
         judged[half:] &= (level == len(self.levels) - 1)[:, None]
-        x0 = (x - spread * predicted).transpose(1, 2)
-        true, shown = clean.transpose(1, 2)[judged], x0[judged]
-        noise = batch["context_eps"].transpose(1, 2)[judged]
-        maker, critic = losses(self.critic, true, shown, batch["themes"][judged], noise)
-        return {
-            "loss": (error * weight).sum() / weight.sum() + self.criticism * maker + critic,
-            "taught": (error * weight)[:half].sum() / weight[:half].sum(),
-            "own": (error * weight)[half:].sum() / weight[half:].sum(),
-            "maker": maker,
-            "critic": critic,
-            "detail": detail(shown) / detail(true),
-        }
+        return self.figures(batch, x, sigma, predicted, (~given).float(), judged)
 
     def rollout(
         self, text: Text, batch: Mapping[str, Tensor], eps: Tensor, rows: slice = slice(None)

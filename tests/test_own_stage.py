@@ -9,7 +9,8 @@ from torch import Tensor
 
 from worldsim.maze.critic import Critic, losses
 from worldsim.maze.fitting import Rank
-from worldsim.maze.own_stage import OwnFrames, detail, own_batches, worn
+from worldsim.maze.judged import detail
+from worldsim.maze.own_stage import OwnFrames, own_batches, worn
 from worldsim.maze.recipe import TINY
 from worldsim.world import World
 
