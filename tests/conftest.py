@@ -37,6 +37,18 @@ def make_world() -> MakeWorld:
     return random_world
 
 
+@pytest.fixture(scope="module")
+def world() -> World:
+    """One latent frame a block; a file whose tests want another world has its own."""
+    return random_world()
+
+
+@pytest.fixture(scope="module")
+def wide() -> World:
+    """Three latent frames a block."""
+    return random_world(block_frames=3)
+
+
 @pytest.fixture(scope="session")
 def umt5() -> PromptEncoder:
     """A tiny UMT5 of random weights, and a tokenizer of single characters and a few words."""

@@ -1,13 +1,13 @@
 """The autoencoder as a stream: explicit carry, and the same bits however a clip is cut."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from carries import check_streams_apart, decoded, encoded
 from torch import Tensor
 
-from worldsim.models.autoencoder import Carry, CausalAutoencoder, from_pictures, to_pictures
+from worldsim.models.autoencoder import CausalAutoencoder, from_pictures, to_pictures
 from worldsim.models.weights import cast, load_model
 
 LATENTS, CHANNELS, SIZE = 7, 4, (24, 32)
@@ -35,11 +35,6 @@ def latents(seed: int = 0, batch: int = 1) -> Tensor:
     return torch.randn(batch, CHANNELS, LATENTS, SIZE[0] // 8, SIZE[1] // 8, generator=generator)
 
 
-def picture_cuts(cuts: Sequence[int]) -> list[int]:
-    """Pictures of each call: 4 for every latent frame, the very first has one."""
-    return [4 * count - 3 * (i == 0) for i, count in enumerate(cuts)]
-
-
 # --- streams ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
@@ -48,13 +43,8 @@ def test_streaming_encode_is_the_whole_clip(cuts: list[int], dtype: torch.dtype)
     model, clip = tiny(dtype), pictures(batch=2).to(dtype)
     whole, last = model.encode(clip)
     assert whole.shape == (2, CHANNELS, LATENTS, 3, 4)
-    carry: Carry = None
-    parts = []
-    for part in clip.split(picture_cuts(cuts), dim=2):
-        z, carry = model.encode(part, carry)
-        parts.append(z)
-    assert [part.shape[2] for part in parts] == cuts
-    assert torch.equal(torch.cat(parts, dim=2), whole)
+    parts, carry = encoded(model, clip, cuts)
+    assert torch.equal(parts, whole)
     assert carry is not None and last is not None
     assert all(map(torch.equal, carry, last))
 
@@ -66,14 +56,8 @@ def test_streaming_decode_is_the_whole_clip(cuts: list[int], dtype: torch.dtype)
     model, z = tiny(dtype), latents(batch=2)
     whole, last = model.decode(z)
     assert whole.shape == (2, 3, PICTURES, *SIZE)
-    carry: Carry = None
-    parts = []
-    for part in z.split(cuts, dim=2):
-        shown, carry = model.decode(part, carry)
-        parts.append(shown)
-    # The first picture alone, then four for each latent frame.
-    assert [part.shape[2] for part in parts] == picture_cuts(cuts)
-    assert torch.equal(torch.cat(parts, dim=2), whole)
+    parts, carry = decoded(model, z, cuts)
+    assert torch.equal(parts, whole)
     assert carry is not None and last is not None
     assert all(map(torch.equal, carry, last))
 
@@ -97,25 +81,8 @@ def test_time_is_causal_and_remembered() -> None:
 
 @torch.inference_mode()
 def test_interleaved_streams_do_not_disturb_each_other() -> None:
-    model = tiny()
     clips, codes = [pictures(seed) for seed in (1, 2)], [latents(seed) for seed in (3, 4)]
-    encoding: list[Carry] = [None, None]
-    decoding: list[Carry] = [None, None]
-    coded: list[list[Tensor]] = [[], []]
-    shown: list[list[Tensor]] = [[], []]
-    for frame in range(LATENTS):
-        for stream in range(2):
-            first = 4 * frame - 3 if frame else 0
-            part = clips[stream][:, :, first : 4 * frame + 1]
-            z, encoding[stream] = model.encode(part, encoding[stream])
-            coded[stream].append(z)
-            x, decoding[stream] = model.decode(
-                codes[stream][:, :, frame : frame + 1], decoding[stream]
-            )
-            shown[stream].append(x)
-    for stream in range(2):
-        assert torch.equal(torch.cat(coded[stream], dim=2), model.encode(clips[stream])[0])
-        assert torch.equal(torch.cat(shown[stream], dim=2), model.decode(codes[stream])[0])
+    check_streams_apart(tiny(), clips, codes)
 
 
 @torch.inference_mode()

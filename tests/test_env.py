@@ -17,11 +17,6 @@ FORWARD = np.array([1, 0, 0, 0, 0, 0], dtype=np.int8)
 LEFT = np.array([0, 1, 0, 0, 0, 0], dtype=np.int8)
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return random_world()
-
-
 def test_gymnasium_accepts_it(world: World) -> None:
     check_env(WorldEnv(world, max_blocks=9), skip_render_check=True)
 

@@ -32,16 +32,6 @@ LINES = (
 SCRIPT = "W*3 L*2 WA*4"
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return random_world()
-
-
-@pytest.fixture(scope="module")
-def wide() -> World:
-    return random_world(block_frames=3)
-
-
 def played(session: Session, blocks: int) -> list[Block]:
     session.control(buttons={"KeyW"})
     return [session.step() for _ in range(blocks)]

@@ -22,11 +22,6 @@ WORLDSIM = Path(sysconfig.get_path("scripts"), "worldsim")
 KEYS = ("KeyW", "KeyA", "KeyL", "KeyJ")
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return random_world()
-
-
 def played(session: Session, blocks: int = 200, changes: int = 50) -> Session:
     """A long run with everything in it; returns its fork."""
     dice = random.Random(3)

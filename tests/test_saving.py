@@ -16,11 +16,6 @@ from worldsim.saving import HEADER
 from worldsim.world import World
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return random_world()
-
-
 @pytest.mark.parametrize("line", LINES)
 def test_a_saved_session_goes_on_in_another_world_of_the_same_weights(
     world: World, tmp_path: Path, line: str

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import random_world
 from test_events import LINES
 
 from worldsim.history import History
@@ -17,16 +16,6 @@ from worldsim.world import World
 KEYS = ("KeyW", "KeyA", "KeyL", "KeyJ")
 PROMPTS = ("night", "red brick, fog", "green hedges, dusk")
 HISTORY = 2**22
-
-
-@pytest.fixture(scope="module")
-def world() -> World:
-    return random_world()
-
-
-@pytest.fixture(scope="module")
-def wide() -> World:
-    return random_world(block_frames=3)
 
 
 def roam(session: Session, blocks: int, seed: int = 0) -> list[Block]:

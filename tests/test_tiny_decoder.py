@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from carries import decoded
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -85,16 +86,9 @@ def test_however_a_clip_is_cut_the_bits_are_the_same(dtype: torch.dtype) -> None
     whole, last = model.decode(z)
     assert whole.dtype == dtype
     for cuts in CUTS:
-        carry: Carry = None
-        parts = []
-        for part in z.split(cuts, dim=2):
-            shown, carry = model.decode(part, carry)
-            parts.append(shown)
         # The first picture alone, then four for each latent frame.
-        assert [part.shape[2] for part in parts] == [
-            4 * count - 3 * (i == 0) for i, count in enumerate(cuts)
-        ]
-        assert torch.equal(torch.cat(parts, dim=2), whole), cuts
+        parts, carry = decoded(model, z, cuts)
+        assert torch.equal(parts, whole), cuts
         assert carry is not None and last is not None
         assert all(map(torch.equal, carry, last))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from carries import check_streams_apart, decoded, encoded
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
@@ -91,15 +92,7 @@ def test_streaming_decode_is_diffusers_whole_clip(kind: dict[str, Any], dtype: t
     assert whole.shape == (2, 3, PICTURES, *SIZE)
     assert (model.vae.decode(raw).sample - whole).abs().max() <= CLOSE[dtype]
     for cuts in CUTS:
-        carry: Carry = None
-        parts = []
-        for part in z.split(cuts, dim=2):
-            shown, carry = model.decode(part, carry)
-            parts.append(shown)
-        assert [part.shape[2] for part in parts] == [
-            4 * count - 3 * (i == 0) for i, count in enumerate(cuts)
-        ]
-        assert torch.equal(torch.cat(parts, dim=2), whole), cuts
+        assert torch.equal(decoded(model, z, cuts)[0], whole), cuts
 
 
 @DTYPES
@@ -114,13 +107,7 @@ def test_streaming_encode_is_diffusers_whole_clip(kind: dict[str, Any], dtype: t
     whole = (mode - by_channel(MEAN, dtype)) / by_channel(STD, dtype)
     assert whole.shape == (2, 4, LATENTS, 2, 3)
     for cuts in CUTS:
-        carry: Carry = None
-        parts = []
-        for part in clip.split([4 * n - 3 * (i == 0) for i, n in enumerate(cuts)], dim=2):
-            z, carry = model.encode(part, carry)
-            parts.append(z)
-        assert [part.shape[2] for part in parts] == cuts
-        assert torch.equal(torch.cat(parts, dim=2), whole), cuts
+        assert torch.equal(encoded(model, clip, cuts)[0], whole), cuts
 
 
 @torch.inference_mode()
@@ -151,23 +138,7 @@ def test_interleaved_streams_share_one_model_that_holds_no_state() -> None:
     model = tiny()
     before = set(vars(model.vae))
     clips, codes = [pictures(seed) for seed in (1, 2)], [latents(seed) for seed in (3, 4)]
-    encoding: list[Carry] = [None, None]
-    decoding: list[Carry] = [None, None]
-    coded: list[list[Tensor]] = [[], []]
-    shown: list[list[Tensor]] = [[], []]
-    for frame in range(LATENTS):
-        for stream in range(2):
-            first = 4 * frame - 3 if frame else 0
-            part = clips[stream][:, :, first : 4 * frame + 1]
-            z, encoding[stream] = model.encode(part, encoding[stream])
-            coded[stream].append(z)
-            x, decoding[stream] = model.decode(
-                codes[stream][:, :, frame : frame + 1], decoding[stream]
-            )
-            shown[stream].append(x)
-    for stream in range(2):
-        assert torch.equal(torch.cat(coded[stream], dim=2), model.encode(clips[stream])[0])
-        assert torch.equal(torch.cat(shown[stream], dim=2), model.decode(codes[stream])[0])
+    check_streams_apart(model, clips, codes)
     assert set(vars(model.vae)) == before  # diffusers would put its feature maps there
 
 
