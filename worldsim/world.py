@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from worldsim.aio import asynchronous
-from worldsim.beginning import begun, frame_alone, given_latents
+from worldsim.beginning import check_beginning, frame_alone, given_latents
 from worldsim.cache.context import Context
-from worldsim.clip import OUTPUTS, OnStepEnd, WorldOutput, drawn, output, shown, telling
 from worldsim.config import Settings
 from worldsim.controls import Control
 from worldsim.memory import MemoryReport, latents_nbytes, report
 from worldsim.models.autoencoder import GROUP, Carry
+from worldsim.output import OUTPUTS, WorldOutput, drawn, output, shown, telling
 from worldsim.pictures import read_pictures
 from worldsim.rollout import Noise, OnStep
 from worldsim.saving import load
@@ -30,6 +30,8 @@ from worldsim.session import Session, decode
 from worldsim.state import Asked, Block
 from worldsim.stocked import NOT_BOTH, Stocked
 from worldsim.wanted import Wanted, settled
+
+OnStepEnd = Callable[["World", int, float, dict[str, Any]], Any]
 
 
 class World(Stocked):
@@ -101,7 +103,29 @@ class World(Stocked):
             independent_first_frame, context_noise, prompt_embeds, negative_prompt_embeds,
         )  # fmt: skip
         begins = given_latents(self, size, given, pictures)
-        return begun(self, wanted, begins, noise, history)
+        return self._begin(wanted, begins, noise, history)
+
+    def _begin(
+        self,
+        wanted: Wanted,
+        given: Tensor | None = None,
+        noise: Noise | None = None,
+        history: int = 0,
+    ) -> Session:
+        """A session that has taken what it is given; see `session`."""
+        frames, each = 0 if given is None else given.shape[2], self.config.block_frames
+        if wanted.independent_first_frame is None and frame_alone(frames, each):
+            wanted = replace(wanted, independent_first_frame=True)
+        settings = settled(self, wanted)
+        check_beginning(wanted, settings, frames, each)
+        session = self.open(settings, self.ask(settings, *wanted.words), history, noise)
+        try:
+            while given is not None and session.frame < frames:
+                session.give(given[:, :, session.frame : session.frame + session.block_frames])
+        except BaseException:
+            session.close()
+            raise
+        return session
 
     def open(
         self, settings: Settings, asked: Asked, history: int = 0, noise: Noise | None = None
@@ -279,7 +303,7 @@ class World(Stocked):
         begins = replace(wanted, prompt=script.prompt(0) if embeds is None else None)
         self.ask(settled(self, begins), *begins.words)
         given = given_latents(self, self.config.size, None, pictures)
-        opened = partial(begun, self, begins, given)
+        opened = partial(self._begin, begins, given)
         return self._blocks(opened, script, blocks, decoding, on_step, record)
 
     def _blocks(
@@ -350,7 +374,7 @@ class World(Stocked):
             )
         on_step = None
         if callback_on_step_end is not None:
-            on_step = telling(self, callback_on_step_end)
+            on_step = telling(partial(callback_on_step_end, self))
         alone = None
         if image is not None:
             image = read_pictures(image, self.config.size).numpy()

@@ -1,8 +1,8 @@
-"""A clip in one call, in the shapes of diffusers' video pipelines: what goes in, what comes out."""
+"""Calling a world in the shapes of diffusers' video pipelines: what goes in, what comes out."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +15,9 @@ from worldsim.rollout import OnStep
 from worldsim.schedule import Cell
 from worldsim.state import Block
 
-if TYPE_CHECKING:
-    from worldsim.world import World
-
 OUTPUTS = ("np", "pil", "pt", "latent")
 
-OnStepEnd = Callable[["World", int, float, dict[str, Any]], Any]
+Told = Callable[[int, float, dict[str, Any]], Any]
 
 
 @dataclass
@@ -35,11 +32,11 @@ def drawn(generator: torch.Generator) -> int:
     return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
 
 
-def telling(world: "World", callback: OnStepEnd) -> OnStep:
-    """What tells ``callback`` of each step, see `World.__call__`."""
+def telling(callback: Told) -> OnStep:
+    """What tells ``callback`` of each step: ``(step, timestep, {"latents": x0})``."""
 
     def on_step(cell: Cell, x0: Tensor) -> None:
-        callback(world, cell.level, cell.timestep, {"latents": x0})
+        callback(cell.level, cell.timestep, {"latents": x0})
 
     return on_step
 
