@@ -60,72 +60,105 @@ class Forecast:
 
 def simulate(grid: Grid, costs: Costs) -> Forecast:
     """Run a grid's cells with these costs; it should have three times as many blocks as fill it."""
-    over: dict[Name, float] = {}
-    begun: dict[Name, float] = {}
-    free = [0.0] * grid.ranks
-    worked = [0.0] * grid.ranks
-    taken: dict[tuple[int, int], float] = {}  # when the newest message of an edge was taken
-    sent: dict[Name, float] = {}  # when a cell's message arrives
-    parts = 1 + max(cell.name.part for cell in grid.cells)
-    decoder = grid.ranks - 1 if any(cell.name.kind == "decode" for cell in grid.cells) else None
-    shown: dict[int, float] = {}
-    shower = 0.0
+    ranks = _Ranks(grid, costs)
     for work in _in_order(grid):
+        ranks.run(work)
+    return ranks.forecast()
+
+
+class _Ranks:
+    """The ranks of a grid while they run: when what was begun, over, sent, taken and shown."""
+
+    def __init__(self, grid: Grid, costs: Costs) -> None:
+        self.grid = grid
+        self.costs = costs
+        self.parts = 1 + max(cell.name.part for cell in grid.cells)
+        self.has_decoder = any(cell.name.kind == "decode" for cell in grid.cells)
+        self.begun: dict[Name, float] = {}
+        self.over: dict[Name, float] = {}
+        self.sent: dict[Name, float] = {}  # when a cell's message arrives
+        self.taken: dict[tuple[int, int], float] = {}  # when the newest message of an edge was
+        self.free = [0.0] * grid.ranks
+        self.worked = [0.0] * grid.ranks
+        self.shown: dict[int, float] = {}
+        self.shower = 0.0  # when the thread that decodes beside the steps is free
+
+    def run(self, work: list[Placed]) -> None:
+        """Cells that a rank does together."""
         rank = work[0].rank
-        ready = free[rank]
-        for cell in work:
-            for name in grid.needs(cell):
-                there = grid.at[name]
-                if there.rank == rank:
-                    ready = max(ready, over[name])
-                else:
-                    edge = there.rank, rank
-                    arrives = max(sent[name], free[rank]) + costs.message
-                    taken[edge] = arrives
-                    ready = max(ready, arrives)
+        ready = self._ready(work)
         took = sum(
-            _seconds(cell, costs, parts) * (1.0 if index == 0 else costs.batch)
+            _seconds(cell, self.costs, self.parts) * (1.0 if index == 0 else self.costs.batch)
             for index, cell in enumerate(work)
         )
-        done = ready + took
-        size = costs.hidden * len(work) if parts > 1 else costs.latent
-        onwards = [name for cell in work for name in _followers(grid, cell) if name.rank != rank]
         for cell in work:
-            begun[cell.name], over[cell.name] = ready, done
-        if onwards:
-            done += costs.message
-            # Not before the message before it was taken.
-            departs = max(done, taken.get((rank, onwards[0].rank), 0.0))
-            done = departs
-            for cell in work:
-                sent[cell.name] = departs + costs.latency + size / costs.rate
-        worked[rank] += took
-        finished = [c for c in work if _last(grid, c)]
-        for cell in finished:
-            if cell.name.kind == "decode" or decoder is None:
-                beside = costs.own_thread and cell.name.kind != "decode"
-                extra = 0.0 if cell.name.kind == "decode" else costs.decode
-                if beside:
-                    shower = max(shower, done) + extra
-                    shown[cell.name.block] = shower
-                else:
-                    done += extra
-                    worked[rank] += extra
-                    shown[cell.name.block] = done
-        free[rank] = done
-    blocks = sorted(shown)
-    steady = blocks[len(blocks) // 2 :]
-    period = (shown[steady[-1]] - shown[steady[0]]) / max(1, len(steady) - 1)
-    if len(steady) == 1:
-        period = shown[steady[0]]
-    waits = [shown[b] - begun[Name("denoise", b, 0)] for b in steady]
-    end = max(shown.values())
-    return Forecast(
-        fps=costs.pictures / period if period else float("inf"),
-        first=shown[blocks[0]] - begun[Name("denoise", blocks[0], 0)],
-        delay=sum(waits) / len(waits),
-        busy=tuple(done / end for done in worked),
-    )
+            self.begun[cell.name], self.over[cell.name] = ready, ready + took
+        self.worked[rank] += took
+        done = self._send(work, ready + took)
+        for cell in work:
+            if _last(self.grid, cell):
+                done = self._show(cell, done)
+        self.free[rank] = done
+
+    def _ready(self, work: list[Placed]) -> float:
+        """When the rank is free and all that the cells need is there."""
+        rank = work[0].rank
+        ready = self.free[rank]
+        for name in (name for cell in work for name in self.grid.needs(cell)):
+            there = self.grid.at[name]
+            if there.rank == rank:
+                ready = max(ready, self.over[name])
+            else:
+                arrives = max(self.sent[name], self.free[rank]) + self.costs.message
+                self.taken[there.rank, rank] = arrives
+                ready = max(ready, arrives)
+        return ready
+
+    def _send(self, work: list[Placed], done: float) -> float:
+        """Send on what was made, if another rank wants it; returns when that is done."""
+        rank, costs = work[0].rank, self.costs
+        wanting = (to.rank for cell in work for to in _followers(self.grid, cell))
+        to = next((other for other in wanting if other != rank), None)
+        if to is None:
+            return done
+        # Not before the message before it was taken.
+        departs = max(done + costs.message, self.taken.get((rank, to), 0.0))
+        size = costs.hidden * len(work) if self.parts > 1 else costs.latent
+        for cell in work:
+            self.sent[cell.name] = departs + costs.latency + size / costs.rate
+        return departs
+
+    def _show(self, cell: Placed, done: float) -> float:
+        """A block is finished with this cell; returns when its rank goes on."""
+        block, costs = cell.name.block, self.costs
+        if cell.name.kind == "decode":
+            self.shown[block] = done
+        elif not self.has_decoder and costs.own_thread:
+            self.shower = self.shown[block] = max(self.shower, done) + costs.decode
+        elif not self.has_decoder:
+            done += costs.decode
+            self.worked[cell.rank] += costs.decode
+            self.shown[block] = done
+        return done
+
+    def forecast(self) -> Forecast:
+        shown, blocks = self.shown, sorted(self.shown)
+        steady = blocks[len(blocks) // 2 :]
+        period = (shown[steady[-1]] - shown[steady[0]]) / max(1, len(steady) - 1)
+        if len(steady) == 1:
+            period = shown[steady[0]]
+        waits = [shown[block] - self._entered(block) for block in steady]
+        end = max(shown.values())
+        return Forecast(
+            fps=self.costs.pictures / period if period else float("inf"),
+            first=shown[blocks[0]] - self._entered(blocks[0]),
+            delay=sum(waits) / len(waits),
+            busy=tuple(done / end for done in self.worked),
+        )
+
+    def _entered(self, block: int) -> float:
+        """When the first step of a block began."""
+        return self.begun[Name("denoise", block, 0)]
 
 
 def _in_order(grid: Grid) -> list[list[Placed]]:
