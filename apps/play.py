@@ -1,12 +1,11 @@
 """`worldsim play`: a world to walk around in, in the browser."""
 
-import asyncio
 import os
 import secrets
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,20 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI, Request, WebSocket
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi import FastAPI, WebSocket
+from fastapi.responses import PlainTextResponse
 from rich.console import Console
 
 from worldsim.apps.connection import Connection
 from worldsim.apps.doctor import readable
 from worldsim.apps.doctor import room as free_bytes
+from worldsim.apps.files import give_files, take_files
 from worldsim.apps.guard import Guard, is_loopback
 from worldsim.apps.opening import open_world
 from worldsim.apps.page import head, page, theme
 from worldsim.apps.room import Room, capacity
 from worldsim.apps.setting import Setting
-from worldsim.apps.uploads import UPLOADS, body, opening_picture, recorded
-from worldsim.streaming.player import Player
+from worldsim.apps.uploads import UPLOADS
 from worldsim.streaming.turns import Turns
 from worldsim.world import World
 
@@ -178,62 +177,14 @@ def build(room: Room, options: PlayOptions, token: str | None = None) -> Any:
         for key in list(room.players):
             room.leave(key, "the server was stopped")
 
-    reading = asyncio.Lock()
-
-    async def taken(
-        player: Player, what: str, request: Request, read: Callable[..., Any], *more: Any
-    ) -> Response:
-        """Ask for what a file holds. It is read beside the event loop, on which everybody's
-        pictures leave, and one at a time."""
-        try:
-            data = await body(request)
-            async with reading:
-                made = await asyncio.to_thread(read, data, *more)
-        except ValueError as error:
-            return PlainTextResponse(str(error), 400)
-        if not player.ask(what, made):
-            return PlainTextResponse("another file is still to be opened: wait a moment", 409)
-        return JSONResponse({})
-
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.websocket("/worldsim/ws")
     async def socket_(socket: WebSocket) -> None:
         await Connection(socket, room).run()
 
-    @app.get("/worldsim/{key}/film.mp4")
-    async def film_file(key: str) -> Response:
-        player = room.players.get(key)
-        film = None if player is None else player.recording
-        if film is None or film.on or not film.path.is_file():
-            return PlainTextResponse("there is no film", 404)
-        return FileResponse(film.path, media_type="video/mp4", filename="worldsim.mp4")
-
-    @app.get("/worldsim/{key}/run.wsrun")
-    async def run_file(key: str) -> Response:
-        player = room.players.get(key)
-        path = None if player is None else player.course.run
-        if path is None or not path.is_file():
-            return PlainTextResponse("there is no run", 404)
-        # At once: it grows, so its length is only true of what is read now.
-        named = {"content-disposition": 'attachment; filename="worldsim.wsrun"'}
-        return Response(path.read_bytes(), media_type="application/x-ndjson", headers=named)
-
-    @app.post("/worldsim/{key}/run")
-    async def replay(key: str, request: Request) -> Response:
-        player = room.players.get(key)
-        if player is None:
-            return PlainTextResponse("there is nobody to show it to", 404)
-        return await taken(player, "load", request, recorded, room.world, room.wanted())
-
-    @app.post("/worldsim/{key}/picture")
-    async def picture(key: str, request: Request) -> Response:
-        player = room.players.get(key)
-        if player is None or not room.takes_pictures:
-            return PlainTextResponse("there is nobody to show it to", 404)
-        size = room.world.config.size
-        return await taken(player, "begin", request, opening_picture, size)
-
+    give_files(app, room)
+    take_files(app, room)
     blocks = page(room, options.root_path)
     app = gr.mount_gradio_app(
         app, blocks, path="/", footer_links=[], run_history=False, show_error=True, head=head(),

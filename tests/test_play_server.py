@@ -19,7 +19,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from worldsim.apps import play
+from worldsim.apps import files
 from worldsim.apps.fuzz import fuzz
 from worldsim.apps.play import PlayOptions, background, build, check, listening, opened, run
 from worldsim.apps.room import Room, capacity
@@ -270,7 +270,7 @@ def test_a_file_that_takes_long_to_read_stops_nobody(
         assert watched.wait(PATIENCE), "nobody saw a picture meanwhile"
         raise ValueError("read to its end")
 
-    monkeypatch.setattr(play, "opening_picture", slow)
+    monkeypatch.setattr(files, "opening_picture", slow)
     with serving(world, OPTIONS) as (url, _), Browser(url) as browser:
         key = browser.until("hello")["key"]
         with ThreadPoolExecutor(1) as pool:
