@@ -119,7 +119,9 @@ def test_a_quantised_world_moves_and_takes_a_lora(tmp_path: Path) -> None:
 
 @needs_torchao
 @pytest.mark.parametrize(
-    "config", [3, "int8", {"quant_type": "int8"}, torch.int8, object()], ids=str
+    "config",
+    [3, "int8", {"quant_type": "int8"}, torch.int8, object()],
+    ids=["number", "word", "dict", "dtype", "object"],
 )
 def test_other_configs_are_refused_before_anything_is_read(config: Any) -> None:
     with pytest.raises(ValueError, match="must be diffusers' TorchAoConfig or a torchao config"):
