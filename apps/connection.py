@@ -15,6 +15,7 @@ from fastapi import WebSocket, WebSocketDisconnect
 from worldsim.apps.room import WAITING, Room
 from worldsim.apps.wire import VERSION, Malformed, Rate, picture, read
 from worldsim.controls import ControlState
+from worldsim.streaming.pacing import AHEAD
 from worldsim.streaming.player import Player, Ready
 
 PER_SECOND, AT_ONCE = 200, 400  # messages
@@ -81,7 +82,8 @@ class Connection:
     async def _hear(self, player: Player, told: dict[str, Any]) -> None:
         kind = told.pop("type")
         if kind == "ack":
-            player.acknowledge(told["number"], told["received"] / 1e3, told["painted"] / 1e3)
+            times = (told[name] / 1e3 for name in ("received", "due", "painted"))
+            player.acknowledge(told["number"], *times)
         elif kind == "control":
             told["event_id"], told["t_client"] = told.pop("id"), told.pop("t")
             state = self._known(told)
@@ -176,7 +178,7 @@ class Connection:
         )
 
     async def _show(self, player: Player) -> None:
-        """Pictures, each when it is due."""
+        """Blocks, each when it is due."""
         clock = player.clock
         while not player.ended:
             self._changed.clear()
@@ -191,19 +193,18 @@ class Connection:
                 await self._send(player, *taken)
 
     async def _send(self, player: Player, ready: Ready, due: float) -> None:
+        """A block's pictures, as soon as each is encoded: the browser knows when to paint it."""
         pacer, count = player.pacer, ready.count
         for index in range(count):
-            if (left := pacer.at(due, index) - player.clock()) > SOON:
-                await asyncio.sleep(left)
+            while len(ready.pictures) <= index:
+                await asyncio.sleep(SOON)
             now = player.clock()
             if not pacer.shows(now, due, index, count):
                 continue
-            while len(ready.pictures) <= index:
-                await asyncio.sleep(SOON)
-            data = ready.pictures[index]
+            data, seen = ready.pictures[index], pacer.at(due, index) + AHEAD
             message = picture(
                 ready.kind, ready.run, ready.number + index, ready.block.index, ready.event,
-                ready.pose, ready.made, now, data, index == 0,
+                ready.pose, seen, now, data, index == 0,
             )  # fmt: skip
             async with self._sending:
                 await self._socket.send_bytes(message)

@@ -31,7 +31,7 @@ Random = random.Random
 KINDS: dict[str, dict[str, Any]] = {
     "control": {"id": 1, "t": 1.0, "buttons": ["KeyW", "KeyA"]},
     "prompt": {"id": 2, "t": 1.0, "text": "night"},
-    "ack": {"number": 3, "received": 1.0, "painted": 2.0},
+    "ack": {"number": 3, "received": 1.0, "due": 1.5, "painted": 2.0},
     "pause": {},
     "resume": {},
     "reset": {"seed": 5},
@@ -95,7 +95,9 @@ class Witness(threading.Thread):
             self.last = now
             self.pictures += 1
             number = HEADER.unpack(got[: HEADER.size])[4]
-            socket.send(json.dumps({"type": "ack", "number": number, "received": 1, "painted": 2}))
+            socket.send(
+                json.dumps({"type": "ack", "number": number, "received": 1, "due": 1, "painted": 2})
+            )
             if self.pictures % 8 == 0:
                 event += 1
                 held = ["KeyW"] if event % 2 else []

@@ -1,5 +1,5 @@
-// The page's side of the wire (docs/play.md): keys out at once, pictures in, each painted in the
-// browser's next frame; a picture that a newer one has overtaken is dropped.
+// The page's side of the wire (docs/play.md): keys out at once, pictures in a little before they are
+// due. Each is painted in the screen's frame that is nearest to that; one overtaken there is dropped.
 // `element` is the element that Gradio made of page.html.
 const ws = element.querySelector(".ws") || element;
 const $ = (name) => ws.querySelector(name);
@@ -10,7 +10,7 @@ const canvas = $(".picture"), paper = canvas.getContext("2d", { alpha: false, de
 const map = $(".map"), chart = map.getContext("2d");
 const state = {
   socket: null, hello: null, opened: false, event: 0, held: new Set(), paused: false, run: 0,
-  next: null, number: -1, drawing: false, dropped: 0, painted: [], applied: 0, block: 0, oldest: 0,
+  queue: [], number: -1, drawing: false, dropped: 0, painted: [], applied: 0, block: 0, oldest: 0,
   path: [], pose: null, scrubbing: false, thumbs: {}, recording: false, log: null,
 };
 // For tests and measurements: what was painted when. Nothing is kept unless it is asked for.
@@ -50,8 +50,9 @@ const heard = {
   hello(told) {
     state.opened = true;
     state.hello = told;
+    lags.length = 0;
     document.body.classList.remove("ws-slow");
-    Object.assign(state, { run: 0, number: -1, next: null, paused: false, path: [], pose: null, thumbs: {} });
+    Object.assign(state, { run: 0, number: -1, queue: [], paused: false, path: [], pose: null, thumbs: {} });
     $(".world").textContent = `· ${told.world}`;
     canvas.width = told.width;
     canvas.height = told.height;
@@ -101,6 +102,9 @@ function hear(told) {
 }
 
 // --- pictures -----------------------------------------------------------------------------------
+const lags = []; // received - sent of the newest pictures: how the two clocks stand, and the way
+const screen = { at: 0, lasts: 1e3 / 60 }; // its newest frame, and how long one lasts
+
 async function picture(data, received) {
   const head = new DataView(data, 0, HEADER);
   const told = {
@@ -108,13 +112,30 @@ async function picture(data, received) {
     number: head.getUint32(8, true), block: head.getUint32(12, true), event: head.getUint32(16, true),
     pose: [head.getFloat32(20, true), head.getFloat32(24, true), head.getFloat32(28, true)], received,
   };
+  lags.push(received - head.getFloat64(40, true));
+  if (lags.length > 64) lags.shift();
+  told.due = head.getFloat64(32, true) + Math.min(...lags);
   if (told.run < state.run) return;
   told.bitmap = await createImageBitmap(new Blob([new Uint8Array(data, HEADER)], { type: KINDS[told.kind] }));
-  // A rewind makes the same number again; a decoder that was slow may be overtaken.
-  if (state.next ? told.number < state.next.number : told.run === state.run && told.number < state.number) return;
-  if (state.next) { state.dropped += 1; state.next.bitmap.close(); }
-  state.next = told;
+  state.queue.push(told);
+  state.queue.sort((a, b) => a.run - b.run || a.number - b.number); // a decoder may be overtaken
   if (!state.drawing) { state.drawing = true; requestAnimationFrame(draw); }
+}
+
+// What is to be painted in the screen's frame that begins now, or null. Pictures of an older run (a
+// rewind makes the same numbers again), and those that a newer one overtakes, never are.
+function nearest(now) {
+  let found = null;
+  while (state.queue.length) {
+    const told = state.queue[0], newest = state.queue.at(-1).run;
+    const old = told.run < Math.max(state.run, newest) || (told.run === state.run && told.number <= state.number);
+    if (!old && told.due > now + screen.lasts / 2) break;
+    state.queue.shift();
+    if (old) { told.bitmap.close(); continue; }
+    if (found) { state.dropped += 1; found.bitmap.close(); }
+    found = told;
+  }
+  return found;
 }
 
 const after = new MessageChannel(); // its message comes once the browser has painted what was drawn
@@ -122,17 +143,20 @@ const drawn = [];
 after.port1.onmessage = () => {
   const now = performance.now();
   for (const told of drawn.splice(0)) {
-    send("ack", { number: told.number, received: told.received, painted: now });
+    send("ack", { number: told.number, received: told.received, due: told.due, painted: now });
     if (state.log) state.log.push({ number: told.number, run: told.run, block: told.block, event: told.event, received: told.received, painted: now, pixels: told.pixels });
     setTimeout(painted, 0, told, now); // what may wait
   }
 };
 
-function draw() {
-  state.drawing = false;
-  const told = state.next;
+function draw(now) {
+  const lasted = now - screen.at;
+  if (lasted > 2 && lasted < 50) screen.lasts += 0.1 * (lasted - screen.lasts);
+  screen.at = now;
+  const told = nearest(now);
+  state.drawing = state.queue.length > 0;
+  if (state.drawing) requestAnimationFrame(draw);
   if (!told) return;
-  state.next = null;
   paper.drawImage(told.bitmap, 0, 0, canvas.width, canvas.height);
   told.bitmap.close();
   if (state.log) told.pixels = hash(paper.getImageData(0, 0, canvas.width, canvas.height).data);

@@ -12,7 +12,7 @@ from typing import Any
 
 from worldsim.controls import FARTHEST
 
-VERSION = 1
+VERSION = 2
 MESSAGE_BYTES = 4096  # of a message that comes in
 PROMPT_LETTERS = 500
 BUTTONS = 16  # held at a time
@@ -20,7 +20,7 @@ NAME_LETTERS = 24
 NUMBER = 2**53  # up to there a browser counts
 
 # version, kind of picture, bit field, run, number, block, event, pose (x, y, heading), ms when the
-# block was made, ms when this picture was sent, both by the server's clock
+# picture is to be seen, ms when it was sent, both by the server's clock
 HEADER = struct.Struct("<BBHIIII3fdd")
 FIRST = 1  # in the bit field: this picture is its block's first
 NO_POSE = (math.nan, math.nan, math.nan)
@@ -73,7 +73,7 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
         "scroll": _amount,
     },
     "prompt": {"id": _COUNT, "t": _number, "text": _words},
-    "ack": {"number": _COUNT, "received": _number, "painted": _number},
+    "ack": {"number": _COUNT, "received": _number, "due": _number, "painted": _number},
     "pause": {},
     "resume": {},
     "reset": {"seed": _whole(0, NUMBER)},
@@ -128,7 +128,7 @@ def picture(
     block: int,
     event: int,
     pose: tuple[float, float, float] | None,
-    made: float,
+    due: float,
     sent: float,
     data: bytes,
     first: bool,
@@ -137,7 +137,7 @@ def picture(
     return (
         HEADER.pack(
             VERSION, kind, FIRST * first, run, number, block, event, *(pose or NO_POSE),
-            1e3 * made, 1e3 * sent,
+            1e3 * due, 1e3 * sent,
         )
         + data
     )  # fmt: skip

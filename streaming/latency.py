@@ -1,7 +1,7 @@
 """From a key to the picture that shows it, part by part.
 
-Two clocks: the player's (when the key went down, when the picture was received and painted) and
-ours (all between). Each is only ever subtracted from itself, so they need not agree:
+Two clocks: the player's (when the key went down, when the picture was received, due and painted)
+and ours (all between). Each is only ever subtracted from itself, so they need not agree:
 
     network = (received - key) - (sent - arrived)      both ways, and the browser's own queues
 """
@@ -22,10 +22,10 @@ class Trip:
     Attributes:
         event: the control.
         block: that was the first to heed it.
-        wait: until that block began, and from its being ready until it was due.
+        wait: until that block began, and from its being ready, here and there, until it was due.
         denoise, decode, encode: the block's work that was waited for.
         network: there and back.
-        paint: from receiving the picture to its being painted.
+        paint: from the picture's being received and due to its being painted.
     """
 
     event: int
@@ -54,6 +54,7 @@ def trip(
     sent: float,
     key: float,
     received: float,
+    due: float,
     painted: float,
 ) -> Trip:
     """Put together what the two sides measured.
@@ -61,16 +62,18 @@ def trip(
     Args:
         work: seconds of denoise, decode and encode.
         arrived, sent: our clock: the control came in, the block's first picture went out.
-        key, received, painted: the player's clock, in seconds.
+        key, received, due, painted: the player's clock, in seconds.
     """
     inside = sent - arrived
+    there = max(0.0, painted - received)
+    early = min(there, max(0.0, due - received))
     done = {part: work.get(part, 0.0) for part in ("denoise", "decode", "encode")}
     return Trip(
         event,
         block,
-        wait=max(0.0, inside - sum(done.values())),
+        wait=max(0.0, inside - sum(done.values())) + early,
         network=max(0.0, received - key - inside),
-        paint=max(0.0, painted - received),
+        paint=there - early,
         **done,
     )
 

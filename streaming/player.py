@@ -212,9 +212,10 @@ class Player:
             self.tell("notice", text=f"{what}: too much waits to be done: ask again in a moment")
         return taken
 
-    def acknowledge(self, number: int, received: float, painted: float) -> None:
+    def acknowledge(self, number: int, received: float, due: float, painted: float) -> None:
         """The player's browser has painted picture ``number``, by its own clock (seconds)."""
         with self._lock:
+            self.pacer.painted(painted - due)
             ready = next((r for r in self._sent if 0 <= number - r.number < r.count), None)
             if ready is None:
                 return
@@ -224,15 +225,15 @@ class Player:
                 self._seen = ready.block.index
                 self._allowed = self.clock()
             self.counts.applied += len(ready.heeded)
-            if number == ready.number:
-                self.pacer.follow(painted - received)
+            if number == ready.number and received <= due:
+                self.pacer.follow(painted - due)
         for state, arrived, _ in ready.heeded:
             if state.event_id and arrived < NEVER:
                 key = state.t_client / 1e3
                 self.latency.add(
                     trip(
                         state.event_id, ready.block.index, ready.work, arrived, ready.sent, key,
-                        received, painted,
+                        received, due, painted,
                     )
                 )  # fmt: skip
         self.wake()

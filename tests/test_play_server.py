@@ -73,7 +73,7 @@ class Browser:
         if isinstance(message, bytes):
             head = HEADER.unpack(message[: HEADER.size])
             self.pictures.append((*head, message[HEADER.size :]))
-            self.send("ack", number=head[4], received=1e3, painted=1e3)
+            self.send("ack", number=head[4], received=1e3, due=1e3, painted=1e3)
             return None
         told: dict[str, Any] = json.loads(message)
         self.told.append(told)
