@@ -13,11 +13,11 @@ from torch import Tensor
 
 from worldsim.cache.policy import Pose
 from worldsim.models.transformer import Conditioning
-from worldsim.models.view import ContextView
+from worldsim.models.view import Ahead, ContextView
 from worldsim.samplers import SAMPLERS
 from worldsim.schedule import Cell
 
-Pass = Callable[..., Any]  # the model's forward or commit, compiled or not
+Pass = Callable[..., Any]  # the model's forward, commit or fused, compiled or not
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]  # (block, step, shape) -> noise
 OnStep = Callable[[Cell, Tensor], None]
 
@@ -68,6 +68,7 @@ class Making:
         conditioning: one row for each view that a cell reads.
         start: absolute index of its first latent frame.
         poses: at the end of each frame, in worlds that have poses.
+        taken: cells that have run.
         x: input of the next cell, ``[1, C, F, H, W]``; in the end its clean latents, float32.
     """
 
@@ -104,7 +105,7 @@ class Making:
                     f"{list(known.frames.shape)} and {list(known.latents.shape)}"
                 )
             known = Known(known.frames.to(device), known.latents.to(device), known.timestep)
-        block = cells[0].block
+        block, self.taken = cells[0].block, 0
         self.conditioning, self.start, self.poses = conditioning, start, poses
         self.x = _ours((noise(block, 0, shape) if x is None else x).to(device))
         self._sampler = SAMPLERS[sampler](cells, lambda step: noise(block, step, shape).to(device))
@@ -128,7 +129,7 @@ class Making:
         x0 = clean_from_flow(self.x, flow, cell.sigma)
         if self._on_step is not None:
             self._on_step(cell, x0)
-        self.x = self._sampler.after(cell, self.x, flow, x0)
+        self.x, self.taken = self._sampler.after(cell, self.x, flow, x0), self.taken + 1
         if cell.next_sigma == 0.0 and self._known is not None:
             self.x = self._with_known(self.x)
 
@@ -167,6 +168,34 @@ def commit(
     commit_pass(rows, timesteps(cell, rows), conditioning, views)
     assert cell.publishes is not None, "a context pass is for later blocks"
     stage(cell, start, poses, views, lanes[cell.publishes], latents.shape[2])
+
+
+def fused(
+    fused_pass: Pass,
+    passing: Cell,
+    latents: Tensor,
+    conditioning: Conditioning,
+    cell: Cell,
+    making: Making,
+    view: ContextView,
+    ahead: Ahead,
+) -> Tensor:
+    """Run a block's context pass and the next one's first cell as the rows of one pass.
+
+    Args:
+        passing, latents, conditioning: of the finished block, as in `commit`; one row.
+        cell, making: of the next one, as in `denoise`; one row.
+        view, ahead: what each of them reads.
+
+    Returns:
+        what `Making.take` takes. The view holds what is to be staged.
+    """
+    finished = _ours(latents)
+    noisy, level = making.rows(cell, 1)
+    rows = torch.cat((finished, noisy)), torch.cat((timesteps(passing, finished), level))
+    told = side_by_side([conditioning, making.conditioning])
+    flow: Tensor = fused_pass(*rows, told, [view, ahead])
+    return flow
 
 
 def stage(
@@ -209,3 +238,28 @@ def timesteps(cell: Cell, latents: Tensor) -> Tensor:
 def clean_from_flow(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
     """``x0 = x - σ v`` in float64, in the dtype of ``x``."""
     return (x.double() - sigma * flow.double()).to(x.dtype)
+
+
+def side_by_side(rows: Sequence[Conditioning]) -> Conditioning:
+    """The conditioning of several passes as one of more rows."""
+    if len(rows) == 1:
+        return rows[0]
+    first = rows[0]
+
+    def joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        alike = all(part is parts[0] for part in parts)
+        if alike and all(tensor.shape[0] == 1 for tensor in parts[0]):
+            return tuple(x.expand(len(parts), *x.shape[1:]) for x in parts[0])  # no copy
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    return Conditioning(
+        joined([row.text_keys for row in rows]),
+        joined([row.text_values for row in rows]),
+        actions=None if first.actions is None else torch.cat([_of(row.actions) for row in rows]),
+        rays=None if first.rays is None else torch.cat([_of(row.rays) for row in rows]),
+    )
+
+
+def _of(given: Tensor | None) -> Tensor:
+    assert given is not None, "rows of one world are conditioned alike"
+    return given

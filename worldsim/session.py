@@ -27,7 +27,17 @@ from worldsim.models.transformer import Conditioning
 from worldsim.models.view import ContextView
 from worldsim.noise import noise
 from worldsim.parts import part
-from worldsim.rollout import Known, Making, Noise, OnStep, commit, denoise, publish
+from worldsim.rollout import (
+    Known,
+    Making,
+    Noise,
+    OnStep,
+    commit,
+    denoise,
+    fused,
+    publish,
+    stage,
+)
 from worldsim.schedule import Cell, Schedule
 from worldsim.script import Script
 from worldsim.state import (
@@ -260,12 +270,16 @@ class Session:
         block that it returns is what its last cell leads to.
         """
         timings = {"commit": 0.0}
-        with part("commit", self.block - 1, timings) if self.block else nullcontext():
-            self.ready()
+        fuses = self.fuses
+        separate = self.block > 0 and not fuses
+        with part("commit", self.block - 1, timings) if separate else nullcontext():
+            if not fuses:
+                self.ready()
         with part("denoise", self.block, timings):
-            making, applied = self.begin(keys, on_step, known, x)
+            begin = self._begin_fused if fuses else self.begin
+            making, applied = begin(keys, on_step, known, x)
             noisy: dict[int, Tensor] = {}
-            for cell in self.cells():
+            for cell in self.cells()[making.taken :]:
                 denoise(self.world.forward, cell, making, self.lanes)
                 self._ran(cell)
                 noisy[cell.level + 1] = making.x
@@ -293,15 +307,88 @@ class Session:
     ) -> tuple[Making, Applied]:
         """Begin the next block, after `ready`: all that its cells share, and what it is made
         under."""
+        making, applied = self._making(keys, on_step, known, x)
+        self._prepare(making.start, self.block_frames, making.poses)
+        return making, applied
+
+    def _making(
+        self,
+        keys: Sequence[Control] | None,
+        on_step: OnStep | None,
+        known: Known | None,
+        x: Tensor | None,
+    ) -> tuple[Making, Applied]:
+        """The first half of `begin`, which changes nothing."""
         applied = self._applied(self._live() if keys is None else keys)
         conditioning, poses = self._conditioning(applied, self.pose)
-        self._prepare(self.frame, self.block_frames, poses)
         making = Making(
             self.cells(), conditioning, self._fresh, self.latent_shape, self.world.device,
             self.settings.sampler, on_step, self.settings.guidance, known,
             start=self.frame, poses=poses, x=x,
         )  # fmt: skip
         return making, applied
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the newest block's context pass and the next one's first cell can be one pass:
+        rows of as many frames, nothing to be done in between, and a context whose coming form does
+        not depend on what that block leaves behind."""
+        self._check_open()
+        made, frames = self._pending, self.block_frames
+        if made is None or made.given or self.settings.schedule.context != "fused":
+            return False
+        acts = self.settings.cache.prompt != "keep" and self._new_prompt
+        alike = made.block.latents.shape[2] == frames and self.settings.rows == 1
+        joined = self.world.fused is not None and alike and not acts
+        return joined and self.context.can_foresee(frames)
+
+    def _begin_fused(
+        self,
+        keys: Sequence[Control] | None = None,
+        on_step: OnStep | None = None,
+        known: Known | None = None,
+        x: Tensor | None = None,
+    ) -> tuple[Making, Applied]:
+        """`settle` and `begin`, and the first cell as well."""
+        making, applied = self._making(keys, on_step, known, x)
+        made, cell = self._pending, self.cells()[0]
+        assert made is not None
+        (passing,) = self.settings.schedule.commit_cells(made.block.index)
+        flow = self._joined(passing, made, cell, making)
+        if flow is None:  # buffers have to grow
+            self.ready()
+            self._prepare(making.start, self.block_frames, making.poses)
+            return making, applied
+        publish((passing,), self.lanes)
+        self._settled(made)
+        self._remember()
+        self._ran(passing)
+        making.take(cell, flow)
+        self._ran(cell)
+        return making, applied
+
+    def _joined(self, passing: Cell, made: Made, cell: Cell, making: Making) -> Tensor | None:
+        """Run a block's context pass and the next one's first cell as one, and stage what the first
+        leaves behind; None where that cannot be. Returns the flow of the second."""
+        assert self.world.fused is not None
+        block, view = made.block, self.view
+        frames = range(block.start, making.start)
+        try:
+            table = self.context.foresee(block.index, passing.level, frames, made.poses)
+            ahead = view.ahead(table, frames, making.poses[-1] if making.poses else None)
+            if ahead is None:
+                return None
+            flow = fused(
+                self.world.fused, passing, block.latents, made.conditioning, cell, making, view,
+                ahead,
+            )  # fmt: skip
+            stage(passing, block.start, made.poses, [view], [view], len(frames))
+        except BaseException:  # nothing is committed, and the context pass can yet be run alone
+            self.context.abort(block.index)
+            self._prepare(block.start, len(frames), made.poses)
+            raise
+        ahead.take_over()
+        return flow
 
     def accept(
         self, block: Block, making: Making, noisy: Mapping[int, Tensor], known: Known | None = None
@@ -359,14 +446,19 @@ class Session:
         Raises:
             ValueError: if the session is closed, or the world was moved or cast since it began.
         """
+        self._check_open()
+        if self._pending is not None:
+            self._commit(self._pending)
+            self._settled(self._pending)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise ValueError("this session is closed: open a new one")
         if self.context.pool is not self.world.pool_of(self.settings.size):
             raise ValueError("the world was moved or cast since this session began: open a new one")
-        if self._pending is None:
-            return
-        made = self._pending
-        self._commit(made)
+
+    def _settled(self, made: Made) -> None:
+        """Note that a block is committed."""
         # Without pictures and text: both would be many times what the latents are.
         bare = Block(made.block.index, made.block.start, made.block.latents, made.block.applied)
         told = replace(made.conditioning, text_keys=(), text_values=())
@@ -442,19 +534,21 @@ class Session:
 
     def _heed_prompt(self) -> None:
         """Do to the context what a change of prompt since the newest block asks for."""
-        before = self.now.asked_before
-        if before is None or before.same(self.asked):
-            return
-        if self.settings.cache.prompt == "flush":
+        if self._new_prompt and self.settings.cache.prompt == "flush":
             self._event(Event.FLUSH)
-        elif self.settings.cache.prompt == "recache":
+        elif self._new_prompt and self.settings.cache.prompt == "recache":
             self._recache()
+
+    @property
+    def _new_prompt(self) -> bool:
+        before = self.now.asked_before
+        return before is not None and not before.same(self.asked)
 
     def _event(self, event: Event) -> None:
         self.settle()
         self._lanes.on_event(event)
 
-    def _prepare(self, start: int, frames: int, poses: tuple[Pose, ...]) -> None:
+    def _prepare(self, start: int, frames: int, poses: Sequence[Pose]) -> None:
         self._lanes.prepare(start, frames, poses[-1] if poses else None)
 
     def _commit(self, made: Made, only: set[int] | None = None) -> None:
@@ -681,7 +775,9 @@ class Session:
         states = self.world.actions.track(controls)
         told = [control.event_id for control in controls if isinstance(control, ControlState)]
         event = max([self.now.held.newest.event_id, *told])
-        return Applied(states, self.prompt, self.context.table.cut, event)
+        # What waits to be committed has heeded a cut, if there was one.
+        cut = self._pending is None and self.context.table.cut
+        return Applied(states, self.prompt, cut, event)
 
     def _conditioning(self, applied: Applied, start: Pose) -> tuple[Conditioning, tuple[Pose, ...]]:
         """What controls become, where the player stands at ``start``; see `conditioning`."""
