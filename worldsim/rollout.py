@@ -1,7 +1,7 @@
 """The cells: denoise a block over read-only context, stage what it leaves behind, publish it once.
 
 Every executor runs a cell through these functions, so they differ only in what runs when and where.
-The serial one is `worldsim.session`: all of a block's cells, and then the next block.
+The serial one is `worldsim.maker`: all of a block's cells, and then the next block.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from worldsim.cache.policy import Pose
 from worldsim.models.transformer import Conditioning
-from worldsim.models.view import Ahead, ContextView
+from worldsim.models.view import ContextView
 from worldsim.samplers import SAMPLERS
 from worldsim.schedule import Cell
 
@@ -107,7 +107,7 @@ class Making:
             known = Known(known.frames.to(device), known.latents.to(device), known.timestep)
         block, self.taken = cells[0].block, 0
         self.conditioning, self.start, self.poses = conditioning, start, poses
-        self.x = _ours((noise(block, 0, shape) if x is None else x).to(device))
+        self.x = ours((noise(block, 0, shape) if x is None else x).to(device))
         self._sampler = SAMPLERS[sampler](cells, lambda step: noise(block, step, shape).to(device))
         self._on_step, self._guidance, self._known = on_step, guidance, known
 
@@ -164,38 +164,10 @@ def commit(
     ``poses``: at the end of each frame, in worlds that have poses.
     """
     views = lanes[cell.reads]
-    rows = _ours(latents).expand(len(views), *latents.shape[1:])
+    rows = ours(latents).expand(len(views), *latents.shape[1:])
     commit_pass(rows, timesteps(cell, rows), conditioning, views)
     assert cell.publishes is not None, "a context pass is for later blocks"
     stage(cell, start, poses, views, lanes[cell.publishes], latents.shape[2])
-
-
-def fused(
-    fused_pass: Pass,
-    passing: Cell,
-    latents: Tensor,
-    conditioning: Conditioning,
-    cell: Cell,
-    making: Making,
-    view: ContextView,
-    ahead: Ahead,
-) -> Tensor:
-    """Run a block's context pass and the next one's first cell as the rows of one pass.
-
-    Args:
-        passing, latents, conditioning: of the finished block, as in `commit`; one row.
-        cell, making: of the next one, as in `denoise`; one row.
-        view, ahead: what each of them reads.
-
-    Returns:
-        what `Making.take` takes. The view holds what is to be staged.
-    """
-    finished = _ours(latents)
-    noisy, level = making.rows(cell, 1)
-    rows = torch.cat((finished, noisy)), torch.cat((timesteps(passing, finished), level))
-    told = side_by_side([conditioning, making.conditioning])
-    flow: Tensor = fused_pass(*rows, told, [view, ahead])
-    return flow
 
 
 def stage(
@@ -222,7 +194,7 @@ def publish(cells: Iterable[Cell], lanes: Lanes, only: Container[int] | None = N
             view.context.commit(cell.block, cell.level, only)
 
 
-def _ours(latents: Tensor) -> Tensor:
+def ours(latents: Tensor) -> Tensor:
     """What came from outside as a tensor like those made here: to compiled code, inference tensors
     and all others are two things, and two graphs."""
     return latents if latents.is_inference() else latents.clone()
