@@ -40,7 +40,8 @@ class Side:
         session = self.session
         keys = session.follow(self._script)
         with self._clock.timed("commit"):
-            session.settle()
+            if not session.fuses:  # else it is part of the first step
+                session.settle()
         with self._clock.timed("denoise"):
             block = session.denoise(keys)
         with self._clock.timed("decode"):

@@ -1,7 +1,8 @@
 """One session's context: a page table with stage, commit, abort, plan and events.
 
 A cell never changes committed state: it *stages* K/V under (block, level); `commit` publishes that
-key, immutably; `abort` takes back everything staged or published from a block on.
+key, immutably; `abort` takes back everything staged or published from a block on. `foresee` says
+what a commit will make of the table before there are keys and values to stage.
 """
 
 from collections import Counter
@@ -50,6 +51,16 @@ class _Published:
     previous: int | None
 
 
+@dataclass(frozen=True)
+class _Staged:
+    """A block under one level: its entries, what they ask for, and the table with them in it, where
+    that was foreseen."""
+
+    entries: Entries
+    asked: Tensor | None = None
+    after: Table | None = None
+
+
 class Context:
     """The page table of one session over a shared `PagePool`.
 
@@ -64,7 +75,7 @@ class Context:
         self.form: Form = make_form(pool, config, camera)
         self.table = Table()
         self.newest: int | None = None  # newest committed block
-        self._staged: dict[tuple[int, int], tuple[Entries, Tensor | None]] = {}
+        self._staged: dict[tuple[int, int], _Staged] = {}
         self._last: _Published | None = None
 
     def needs(self, block_frames: int) -> Counter[PageKind]:
@@ -76,12 +87,17 @@ class Context:
         needs[PageKind(tokens, recent)] += (self.config.recent or 0) + 2 * block_frames
         return needs
 
-    def plan(self, start: int, frames: int, pose: Pose | None = None) -> ReadPlan:
+    def plan(
+        self, start: int, frames: int, pose: Pose | None = None, table: Table | None = None
+    ) -> ReadPlan:
         """What a block of ``frames`` frames from absolute index ``start`` on reads.
 
-        ``pose``: where the player will be in it, for retrieval by pose.
+        Args:
+            pose: where the player will be in it, for retrieval by pose.
+            table: a foreseen one, in place of this context's.
         """
-        return plan(self.table, self.form.choose(self.table.mid, pose), start, frames, self.config)
+        table = self.table if table is None else table
+        return plan(table, self.form.choose(table.mid, pose), start, frames, self.config)
 
     def stage(
         self,
@@ -102,24 +118,49 @@ class Context:
             queries: of the same tokens; their mean says what a mid form is asked for.
             poses: at the end of each frame, in worlds that have poses.
         """
-        self._drop_staged(block, level)
-        entries: list[Entry] = []
+        ready = self._staged.get((block, level))
+        if ready is None or ready.after is None:
+            self._drop_staged(block, level)
+            ready = _Staged(self._acquired(level, frames, poses))
+            self._staged[block, level] = ready
         per_frame = self.pool.shape.tokens
-        room = self.config.sink - len(self.table.sink)
         try:
-            for i, (frame, pose) in enumerate(zip_longest(frames, poses)):
-                format_ = self.config.formats[0 if i < room else 2]
-                page = self.pool.acquire(PageKind(per_frame, format_))
+            for i, entry in enumerate(ready.entries):
                 rows = slice(i * per_frame, (i + 1) * per_frame)
-                self.pool.write(page, keys[:, :, rows], values[:, :, rows])
-                entries.append(Entry(frame, page, pose=pose, level=level))
+                self.pool.write(entry.page, keys[:, :, rows], values[:, :, rows])
         except BaseException:
-            self._release(set(entries))  # no memory for the rest: none of it is kept
+            self._drop_staged(block, level)  # no memory for the rest: none of it is kept
             raise
-        asked = None
         if queries is not None:
-            asked = queries.float().unflatten(2, (len(entries), -1)).mean(3)  # [L, H, frames, D]
-        self._staged[block, level] = tuple(entries), asked
+            parts = queries.float().unflatten(2, (len(ready.entries), -1))
+            asked = parts.mean(3)  # [L, H, frames, D]
+            self._staged[block, level] = replace(ready, asked=asked)
+
+    def can_foresee(self, frames: int) -> bool:
+        """Whether a commit of so many frames makes a table that does not depend on what they hold:
+        no form asks their queries or takes them up at once, and pages give back what they got."""
+        config = self.config
+        at_once = bool(config.form) and config.recent is not None and config.recent < frames
+        return not (config.asks or config.quantised or at_once)
+
+    def foresee(
+        self, block: int, level: int, frames: Sequence[int], poses: Sequence[Pose] = ()
+    ) -> Table:
+        """The table as it will be once the block is committed: `stage` then fills the pages that it
+        names, and `commit` publishes it; nothing committed changes before. The commit before it
+        can no longer be aborted. Arguments as in `stage`.
+        """
+        assert self.can_foresee(len(frames)), "can_foresee() comes before foresee()"
+        self._drop_staged(block, level)
+        new = self._acquired(level, frames, poses)
+        try:
+            self._forget_last()
+            after = self._admitted(new)
+        except BaseException:
+            self._release(set(new))
+            raise
+        self._staged[block, level] = _Staged(new, after=after)
+        return after
 
     def commit(self, block: int, level: int, only: Container[int] | None = None) -> None:
         """Publish what was staged under (block, level) and drop the block's other levels.
@@ -129,25 +170,16 @@ class Context:
         Raises:
             KeyError: if nothing was staged under that key.
         """
-        new, asked = self._staged.pop((block, level))
+        staged = self._staged.pop((block, level))
         for other in [key for key in self._staged if key[0] == block]:
             self._drop_staged(*other)
-        before, kept = self.table, new
-        if self._last is not None:
-            self._release(set(self._last.before) - set(before))
-        if only is not None:
-            kept = tuple(entry for entry in new if entry.frame in only)
-        after, left = admit(before, kept, self.config)
-        if asked is not None:
-            mean = zip(new, asked.unbind(2), strict=True)
-            queries = (*before.queries, *((entry.frame, q) for entry, q in mean if entry in kept))
-            after = replace(after, queries=queries[-ASKING:])
-        asking = tuple(query for _, query in after.queries)
-        after = replace(after, mid=self.form.take(after.mid, left, asking))
-        self._release(set(new) - set(after))  # frames that the policy did not take at all
-        self.table = after
-        self._last = _Published(block, before, self.newest)
-        self.newest = block
+        self._forget_last()
+        after = staged.after
+        if after is None:
+            after = self._admitted(staged.entries, staged.asked, only)
+        self._release(set(staged.entries) - set(after))  # frames that the policy did not take
+        self._last = _Published(block, self.table, self.newest)
+        self.table, self.newest = after, block
 
     def on_event(self, event: Event) -> None:
         """Change what is kept, between two blocks; no commit before it can be aborted."""
@@ -209,9 +241,45 @@ class Context:
         self.on_event(Event.RESET)
         self.newest = None
 
+    def _acquired(self, level: int, frames: Sequence[int], poses: Sequence[Pose]) -> Entries:
+        """Fresh pages for a block's frames."""
+        entries: list[Entry] = []
+        tokens, room = self.pool.shape.tokens, self.config.sink - len(self.table.sink)
+        try:
+            for i, (frame, pose) in enumerate(zip_longest(frames, poses)):
+                format_ = self.config.formats[0 if i < room else 2]
+                page = self.pool.acquire(PageKind(tokens, format_))
+                entries.append(Entry(frame, page, pose=pose, level=level))
+        except BaseException:
+            self._release(set(entries))
+            raise
+        return tuple(entries)
+
+    def _admitted(
+        self, new: Entries, asked: Tensor | None = None, only: Container[int] | None = None
+    ) -> Table:
+        """The table with a block's frames in it; ``only``: these of them."""
+        kept = new
+        if only is not None:
+            kept = tuple(entry for entry in new if entry.frame in only)
+        after, left = admit(self.table, kept, self.config)
+        if asked is not None:
+            mean = zip(new, asked.unbind(2), strict=True)
+            queries = (*after.queries, *((entry.frame, q) for entry, q in mean if entry in kept))
+            after = replace(after, queries=queries[-ASKING:])
+        asking = tuple(query for _, query in after.queries)
+        return replace(after, mid=self.form.take(after.mid, left, asking))
+
+    def _forget_last(self) -> None:
+        """Give back the pages that only the newest commit's being taken back would need."""
+        if self._last is not None:
+            self._release(set(self._last.before) - set(self.table))
+        self._last = None
+
     def _drop_staged(self, block: int, level: int) -> None:
-        entries, _ = self._staged.pop((block, level), ((), None))
-        self._release(set(entries))
+        staged = self._staged.pop((block, level), _Staged(()))
+        made = set(staged.after or ()) - set(self.table)  # by its mid form
+        self._release(made | set(staged.entries))
 
     def _release(self, entries: set[Entry]) -> None:
         for entry in sorted(entries, key=lambda entry: (entry.frame, entry.page)):

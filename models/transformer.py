@@ -152,6 +152,17 @@ class Layer(nn.Module):
         y = self.ffn(modulated_norm(x, shift2, scale2, self.eps))
         return add_gated(x, y, gate2)
 
+    def end_fused(
+        self, x: Tensor, m: Tensor, index: int, text: Text, contexts: Sequence[Attends]
+    ) -> Tensor:
+        """The last layer of a `fused` pass: the first row ends with what it leaves behind, and the
+        second goes on, ``[1, N, D]``."""
+        finished, ahead = contexts
+        text = Text(text.keys[1:], text.values[1:], None)
+        # As functions: where layers are offloaded, this call brings the weights, for both.
+        finished.stage(index, *Layer.projected(self, x[:1], m[:1], finished.asks))
+        return Layer.forward(self, x[1:], m[1:], index, text, ahead, stage=False)
+
     def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-attention K/V of prompts ``[P, T, D]``, each ``[P, heads, T, head_dim]``."""
         # One head after the other, as attention reads them, many times.
@@ -350,6 +361,32 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 x = layer(x, m, index, conditioning.text(index), context, stage=True)
             else:
                 context.stage(index, *layer.projected(x, m, context.asks))
+
+    def fused(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        contexts: Sequence[Attends],
+    ) -> Tensor:
+        """`commit` of the first row and `forward` of the second, which may read what the first one
+        leaves behind: one pass over the weights in place of two.
+
+        Args:
+            latents: a finished block and a noisy one, ``[2, C, F, H, W]``; the others alike.
+            conditioning: of a prompt for each.
+            contexts: that of each, asked in this order in every layer.
+
+        Returns:
+            flow of the second row, ``[1, C, F, H, W]``.
+        """
+        x, e, m, both = self._embed(latents, timestep, conditioning, contexts)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            if index < last:
+                x = layer(x, m, index, conditioning.text(index), both, stage=True)
+        x = self.layers[last].end_fused(x, m, last, conditioning.text(last), contexts)
+        return self.flow(x, e[1:], latents[1:])
 
     def _embed(
         self,

@@ -11,17 +11,19 @@ only when it, its position or its place in the buffer changes (fastest). With qu
 layers share one buffer, which each layer fills for itself out of the codes (least memory: whole
 copies of all layers would be larger than what quantising saves).
 
+`Ahead` is the same view one block later, for a pass that commits a block and begins the next one.
+
 Shapes: L layers, H heads, N tokens of the own frames, D head size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from worldsim.cache.context import Context
-from worldsim.cache.policy import Pose, Read, ReadPlan
+from worldsim.cache.policy import Pose, Read, ReadPlan, Table
 from worldsim.models.attention import NATIVE, attention
 from worldsim.models.placement import placed, placement
 from worldsim.models.rope import rotate, rotation, token_positions
@@ -123,12 +125,12 @@ class ContextView:
         Raises:
             ValueError: if the block has more frames than the view was made for.
         """
-        shape = self.context.pool.shape
-        own = frames * shape.tokens
+        own = frames * self.context.pool.shape.tokens
         if own > self._own:
+            held = self._own // self.context.pool.shape.tokens
             raise ValueError(
                 f"a block of {frames} latent frames does not fit this session, which was opened "
-                f"for {self._own // shape.tokens}"
+                f"for {held}"
             )
         plan = self.context.plan(start, frames, pose)
         layout, read = self._layout(plan)
@@ -137,34 +139,36 @@ class ContextView:
         if self._shared:
             self._runs = tuple(self._grouped(layout))
         else:
-            # What is written at a row stays there until something else is.
-            wanted = {row: self._content(row, read) for row, read in layout}
-            stale = [at for at in layout if self._written.get(at[0]) != wanted[at[0]]]
+            wanted, stale = self._wanted(layout)
             for run in self._grouped(stale):
                 self._fill_all(run)
             self._written = wanted
-        # A block shorter than the buffer's own rows ends right before the first page.
-        rows = slice(self._own - own, self._own + read)
-        self.keys = [keys[:, rows] for keys in self._keys]
-        self.values = [values[:, rows] for values in self._values]
-        for buffer in (*self.keys, *self.values):
-            # Tells `torch.compile` beforehand that this one length grows: it compiles once.
-            torch._dynamo.maybe_mark_dynamic(buffer, 1)
-        self.own_rotation = self._rotation(
-            token_positions(torch.tensor(plan.query_positions), *shape.grid)
-        )
+        self.keys, self.values, self.own_rotation = self._seen(own, read, plan)
+
+    def ahead(self, table: Table, committed: range, pose: Pose | None = None) -> "Ahead | None":
+        """How the block after the one that this view is prepared for will see its context.
+
+        Args:
+            table: as it will be then, see `Context.foresee`.
+            committed: the frames of this view's block; the next one has as many.
+            pose: as in `prepare`.
+
+        Returns:
+            None where the buffers would have to grow.
+        """
+        assert not self._shared, "quantised pages are read back from their codes"
+        plan = self.context.plan(committed.stop, len(committed), pose, table)
+        if self._layout(plan)[1] > self._capacity:
+            return None
+        return Ahead(self, plan, committed)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `worldsim.models.context.Attends`; one row."""
         assert self.own_rotation is not None, "prepare() comes before attend()"
-        cos, sin = self.own_rotation
-        own = k.shape[-2]
         for run in self._runs:
             self._fill(run, slice(layer, layer + 1))
         keys, values = self.keys[layer], self.values[layer]
-        keys[:, :own] = rotate(k[0], cos, sin)
-        values[:, :own] = v[0]
-        return attention(rotate(q, cos, sin), keys[None], values[None], backend=self.backend)
+        return _attended(q, k, v, keys, values, self.own_rotation, self.backend)
 
     def stage(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
         """See `worldsim.models.context.Attends`; one row."""
@@ -187,6 +191,29 @@ class ContextView:
             layout.append((row, read))
             row += self._tokens(read)
         return layout, row
+
+    def _wanted(
+        self, layout: Sequence[tuple[int, Read]]
+    ) -> tuple[dict[int, Content], list[tuple[int, Read]]]:
+        """What is to lie at each first row, and what of it does not lie there yet."""
+        # What is written at a row stays there until something else is.
+        wanted = {row: self._content(row, read) for row, read in layout}
+        return wanted, [at for at in layout if self._written.get(at[0]) != wanted[at[0]]]
+
+    def _seen(
+        self, own: int, read: int, plan: ReadPlan
+    ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
+        """What passes read: so many rows of each layer's keys and values, and the rotation of the
+        own ones. A block shorter than the buffer's own rows ends right before the first page.
+        """
+        rows = slice(self._own - own, self._own + read)
+        keys, values = [x[:, rows] for x in self._keys], [x[:, rows] for x in self._values]
+        for buffer in (*keys, *values):
+            # Tells `torch.compile` beforehand that this one length grows: it compiles once.
+            torch._dynamo.maybe_mark_dynamic(buffer, 1)
+        positions = torch.tensor(plan.query_positions)
+        grid = self.context.pool.shape.grid
+        return keys, values, self._rotation(token_positions(positions, *grid))
 
     def _tokens(self, read: Read) -> int:
         return read.entry.tokens or self.context.pool.kind(read.entry.page).tokens
@@ -272,6 +299,86 @@ class ContextView:
         pool = self.context.pool
         with torch.inference_mode(False):
             return torch.zeros(size, dtype=pool.dtype, device=pool.device)
+
+
+class Ahead:
+    """A view as the next block sees it, in the pass that commits the block that it is prepared for:
+    the two are rows of it, the view first, and in each layer the one comes right after the other.
+
+    Of a layer's buffer only what changes is written, once the committed block has attended there:
+    pages that move, and that block's own keys, turned to where they are read from now on. They come
+    out of the view's staging rows, and are to the bit what its pages will hold.
+    """
+
+    asks = False
+
+    def __init__(self, view: ContextView, plan: ReadPlan, committed: range) -> None:
+        """See `ContextView.ahead`. Until `take_over` nothing that lies in the view's buffers counts
+        any more: a pass that fails has changed some layers and not others."""
+        shape = view.context.pool.shape
+        layout, read = view._layout(plan)
+        wanted, stale = view._wanted(layout)
+        fresh = [(row, read) for row, read in layout if read.entry.frame in committed]
+        at = [0.0] * len(committed)
+        for _, own in fresh:
+            at[own.entry.frame - committed.start] = own.position
+        times = torch.tensor(at, dtype=torch.float64)
+        self._view, self._wanted = view, wanted
+        self._moved = tuple(view._grouped([place for place in stale if place not in fresh]))
+        self._turn = view._rotation(token_positions(times, *shape.grid))
+        self._own = len(committed) * shape.tokens
+        self._taken = _joined(
+            (view._own + row, (own.entry.frame - committed.start) * shape.tokens, shape.tokens)
+            for row, own in fresh
+        )
+        self.keys, self.values, self.own_rotation = view._seen(self._own, read, plan)
+        view._written = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `worldsim.models.context.Attends`; one row."""
+        view = self._view
+        for run in self._moved:
+            view._fill(run, slice(layer, layer + 1))
+        fresh_keys, fresh_values = (part[layer][:, : self._own] for part in view.staging[:2])
+        fresh_keys = rotate(fresh_keys, *self._turn)
+        for into, of in self._taken:
+            view._keys[layer][:, into] = fresh_keys[:, of]
+            view._values[layer][:, into] = fresh_values[:, of]
+        keys, values = self.keys[layer], self.values[layer]
+        return _attended(q, k, v, keys, values, self.own_rotation, view.backend)
+
+    def stage(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> None:
+        """This row is committed by a later pass."""
+
+    def take_over(self) -> None:
+        """The pass has ended, and its block is committed: the view is prepared for the next one."""
+        view = self._view
+        view._written = self._wanted
+        view.keys, view.values, view.own_rotation = self.keys, self.values, self.own_rotation
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, turn: tuple[Tensor, Tensor],
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """Attention of one row over a layer's buffers ``[H, own + context, D]``, whose first rows
+    become its own keys and values."""
+    own = k.shape[-2]
+    keys[:, :own] = rotate(k[0], *turn)
+    values[:, :own] = v[0]
+    return attention(rotate(q, *turn), keys[None], values[None], backend=backend)
+
+
+def _joined(copies: Iterable[tuple[int, int, int]]) -> list[tuple[slice, slice]]:
+    """Copies (to, from, rows) as slices, neighbours as one."""
+    joined: list[tuple[slice, slice]] = []
+    for to, of, rows in copies:
+        if joined and (joined[-1][0].stop, joined[-1][1].stop) == (to, of):
+            last_to, last_of = joined.pop()
+            joined.append((slice(last_to.start, to + rows), slice(last_of.start, of + rows)))
+        else:
+            joined.append((slice(to, to + rows), slice(of, of + rows)))
+    return joined
 
 
 def layers_at_once(numbers: int) -> int:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from worldsim.config import Settings
 from worldsim.controls import Control
-from worldsim.models.transformer import Conditioning
-from worldsim.rollout import Lanes, Making, Noise, stage
+from worldsim.rollout import Lanes, Making, Noise, side_by_side, stage
 from worldsim.schedule import Cell
 from worldsim.script import Script
 from worldsim.session import Session
@@ -242,31 +241,6 @@ def run(forward: Callable[..., Tensor], cells: Sequence[tuple[Making, Cell]], la
             into = lanes[cell.publishes]
             stage(cell, making.start, making.poses, rows, into, flow.shape[2])
         making.take(cell, flow)
-
-
-def side_by_side(rows: Sequence[Conditioning]) -> Conditioning:
-    """The conditioning of several passes as one of more rows."""
-    if len(rows) == 1:
-        return rows[0]
-    first = rows[0]
-
-    def joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        alike = all(part is parts[0] for part in parts)
-        if alike and all(tensor.shape[0] == 1 for tensor in parts[0]):
-            return tuple(x.expand(len(parts), *x.shape[1:]) for x in parts[0])  # no copy
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
-
-    return Conditioning(
-        joined([row.text_keys for row in rows]),
-        joined([row.text_values for row in rows]),
-        actions=None if first.actions is None else torch.cat([_of(row.actions) for row in rows]),
-        rays=None if first.rays is None else torch.cat([_of(row.rays) for row in rows]),
-    )
-
-
-def _of(given: Tensor | None) -> Tensor:
-    assert given is not None, "rows of one world are conditioned alike"
-    return given
 
 
 def united(parts: Sequence[Snapshot], decoding: Decoding) -> Snapshot:

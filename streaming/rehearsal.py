@@ -19,4 +19,4 @@ def rehearse(world: World, seconds: float) -> None:
     def commit(*_: Any) -> None:
         time.sleep(seconds)
 
-    world.forward, world.commit = forward, commit
+    world.forward, world.commit, world.fused = forward, commit, None

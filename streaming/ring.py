@@ -21,12 +21,11 @@ from torch import Tensor
 from worldsim.config import Settings
 from worldsim.controls import Control
 from worldsim.models.context import Rows
-from worldsim.rollout import Lanes, Making, stage
+from worldsim.rollout import Lanes, Making, side_by_side, stage
 from worldsim.schedule import Cell
 from worldsim.session import Session
 from worldsim.share import Share
 from worldsim.state import Applied, Block
-from worldsim.streaming.batched import side_by_side
 from worldsim.streaming.kept import keep
 from worldsim.streaming.link import STOP, Link, Order
 from worldsim.world import World

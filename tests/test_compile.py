@@ -110,6 +110,21 @@ def test_what_else_is_a_graph_of_its_own(make_world: MakeWorld) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_a_compiled_world_runs_context_passes_apart(make_world: MakeWorld) -> None:
+    eager, compiled = (make_world(block_frames=2, steps=2, cache=WINDOW) for _ in range(2))
+    graphs = Counting()
+    compiled.compile(backend=graphs)
+    made = []
+    for world in (eager, compiled):
+        with world.session("red brick", seed=5, schedule="fused") as session:
+            made.append(played(session, 9))
+            assert session.fuses == (world is eager)
+    for slow, fast in zip(*made, strict=True):
+        assert (slow - fast).abs().max() <= 1e-5 * slow.std()
+    assert graphs.graphs == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 # --- no pass waits for the device -----------------------------------------------------------------
 class Elsewhere(TorchDispatchMode):
     """Notes every operation that touches another device than the one it is told."""
@@ -140,7 +155,7 @@ def on_meta(world: World) -> World:
 @contextmanager
 def within_passes(world: World, inside: Callable[[], Any]) -> Iterator[list[str]]:
     """Every pass of a world runs inside such a context; yields the names of those that ran."""
-    passes = {"forward": world.forward, "commit": world.commit}
+    passes = {"forward": world.forward, "commit": world.commit, "fused": world.fused}
     ran: list[str] = []
 
     def watched(name: str) -> Callable[..., Any]:
@@ -151,9 +166,9 @@ def within_passes(world: World, inside: Callable[[], Any]) -> Iterator[list[str]
 
         return call
 
-    world.forward, world.commit = map(watched, passes)
+    world.forward, world.commit, world.fused = map(watched, passes)
     yield ran
-    world.forward, world.commit = passes.values()
+    world.forward, world.commit, world.fused = passes.values()
 
 
 FORMS = (
@@ -189,6 +204,18 @@ def test_no_form_of_a_cache_leaves_the_device_in_a_pass(make_world: MakeWorld, l
         played(session, 5)
     assert len(ran) == 9 and elsewhere.seen == []
     assert outside.seen, "between the passes noise, controls and rotations come from the host"
+
+
+def test_no_fused_pass_leaves_the_device(make_world: MakeWorld) -> None:
+    for line in ("sink=1,recent=5", f"sink=1,recent=4,{PACKED}", *FORMS[1::2]):
+        world = on_meta(make_world(block_frames=2, steps=1, cache=line))
+        elsewhere = Elsewhere("meta")
+        with (
+            within_passes(world, lambda mode=elsewhere: mode) as ran,
+            world.session("red brick", schedule="fused") as session,
+        ):
+            played(session, 12)
+        assert ran == ["forward", *["fused"] * 11] and elsewhere.seen == []
 
 
 def test_waiting_for_the_device_would_be_seen(make_world: MakeWorld) -> None:

@@ -83,6 +83,61 @@ def by_hand(context: Context, read: Read, layer: int) -> tuple[Tensor, Tensor]:
     return rotate(keys, cos, sin), values
 
 
+@pytest.mark.parametrize(
+    "line",
+    (
+        "sink=1,recent=5",
+        "sink=2,recent=0",
+        "recent=all",
+        "sink=1,mid=4:pool,recent=3,positions=packed",
+        "sink=1,mid=2:pose,bank=4,recent=3",
+    ),
+)
+def test_what_is_foreseen_is_what_is_committed(line: str) -> None:
+    """Also after a try that was given up; it takes no page more than was promised."""
+    n = 2
+    straight, foreseeing = context_of(line, n), context_of(line, n)
+    made = foreseeing.pool.nbytes
+    for block in range(9):
+        put(straight, block, n)
+        frames = range(block * n, block * n + n)
+        poses = [pose_of(frame) for frame in frames]
+        before = foreseeing.table
+        for given_up in (True, False):
+            assert foreseeing.can_foresee(n)
+            after = foreseeing.foresee(block, -1, frames, poses)
+            assert foreseeing.table == before and foreseeing.newest == (
+                block - 1 if block else None
+            )
+            if given_up:
+                foreseeing.abort(block)
+                assert foreseeing.pool.used_pages == len(before)
+        keys, values, _ = rows(frames[0], n)
+        foreseeing.stage(block, -1, frames, keys, values, poses=poses)
+        foreseeing.commit(block, -1)
+        assert foreseeing.table == after
+        mine, theirs = foreseeing.plan(frames.stop, n), straight.plan(frames.stop, n)
+        assert mine.query_positions == theirs.query_positions
+        for one, other in zip(mine.reads, theirs.reads, strict=True):
+            assert (one.entry.frame, one.position) == (other.entry.frame, other.position)
+            for pages in ("keys", "values"):
+                own = getattr(foreseeing.pool, pages)(one.entry.page)
+                assert torch.equal(own, getattr(straight.pool, pages)(other.entry.page))
+    assert line == "recent=all" or foreseeing.pool.nbytes == made
+    foreseeing.abort(8)
+    assert foreseeing.table == before, "a commit that was foreseen can be taken back as any other"
+    foreseeing.close()
+    assert foreseeing.pool.used_pages == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    ("recent=3:int8", "mid=2:topk,recent=3", "mid=2:participative,recent=3", "mid=2:pool,recent=1"),
+)
+def test_what_depends_on_the_frames_themselves_is_not_foreseen(line: str) -> None:
+    assert not context_of(line, 2).can_foresee(2)
+
+
 @pytest.mark.parametrize("positions", ["absolute", "packed"])
 @pytest.mark.parametrize("line", LINES)
 def test_a_view_reads_what_a_plan_says(line: str, positions: str) -> None:

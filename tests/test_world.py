@@ -308,7 +308,7 @@ def test_a_fork_outlives_what_it_was_forked_from(world: World) -> None:
 
 
 def test_given_blocks_count_and_draw_no_noise(wide: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    import worldsim.session as home
+    import worldsim.maker as home
 
     drawn: list[tuple[int, int]] = []
     noise = home.noise

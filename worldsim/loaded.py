@@ -31,6 +31,7 @@ class Loaded:
     Attributes:
         source: what it was loaded from, as it was said.
         forward, commit: the transformer's passes, compiled or not.
+        fused: both in one, see `CausalWanTransformer3DModel.fused`; None where it is not to be had.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Loaded:
         self.source = config.name
         self.forward: Callable[..., Any] = transformer
         self.commit: Callable[..., Any] = transformer.commit
+        self.fused: Callable[..., Any] | None = transformer.fused
 
     # --- loading and saving -------------------------------------------------------------------
     @classmethod
@@ -282,7 +284,8 @@ class Loaded:
     def _offloaded_to(self, place: torch.device) -> None:
         self.offloaded = True
         self.device = place
-        self.commit = self.transformer.commit  # the one that is hooked
+        self.commit = self.transformer.commit  # the ones that are hooked
+        self.fused = self.transformer.fused
         self._begin_anew()
 
     def set_attention_backend(self, name: str) -> None:
@@ -297,7 +300,8 @@ class Loaded:
     def compile(self, **options: Any) -> None:
         """Compile the denoise and commit passes, each once; ``options`` go to `torch.compile`.
 
-        Sessions with quantised pages run as before: see `worldsim.rollout.compiled`.
+        Sessions with quantised pages run as before: see `worldsim.rollout.compiled`. There is no
+        fused pass then: what it writes into a buffer changes from block to block.
 
         Raises:
             ValueError: for an offloaded world.
@@ -306,6 +310,7 @@ class Loaded:
             raise ValueError("an offloaded world is not compiled: its weights come and go")
         self.forward = compiled(self.transformer, **options)
         self.commit = compiled(self.transformer.commit, **options)
+        self.fused = None
 
     def _models(self) -> Mapping[str, Any]:
         models = {TRANSFORMER: self.transformer, DECODER: self.autoencoder, TEXT: self.text_encoder}

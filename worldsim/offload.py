@@ -17,7 +17,7 @@ from worldsim.models.transformer import CausalWanTransformer3DModel
 
 CPU = torch.device("cpu")
 GROUP_HOOK = "group_offloading"  # diffusers' name of it
-WAYS_IN = ("forward", "commit", "encode_prompt", "encode", "decode")
+WAYS_IN = ("forward", "commit", "fused", "encode_prompt", "encode", "decode")
 
 Call = Callable[..., Any]
 
@@ -81,7 +81,7 @@ def offload_layers(
     )
     modules: list[nn.Module] = [transformer, *transformer.layers]
     for module in modules:
-        for name in ("commit", "encode_prompt", "projected", "encode_text"):
+        for name in ("commit", "fused", "encode_prompt", "projected", "end_fused", "encode_text"):
             if hasattr(module, name):
                 setattr(module, name, _hooked(module, getattr(module, name)))
 

@@ -1,7 +1,7 @@
 """The cells: denoise a block over read-only context, stage what it leaves behind, publish it once.
 
 Every executor runs a cell through these functions, so they differ only in what runs when and where.
-The serial one is `worldsim.session`: all of a block's cells, and then the next block.
+The serial one is `worldsim.maker`: all of a block's cells, and then the next block.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from worldsim.models.view import ContextView
 from worldsim.samplers import SAMPLERS
 from worldsim.schedule import Cell
 
-Pass = Callable[..., Any]  # the model's forward or commit, compiled or not
+Pass = Callable[..., Any]  # the model's forward, commit or fused, compiled or not
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]  # (block, step, shape) -> noise
 OnStep = Callable[[Cell, Tensor], None]
 
@@ -68,6 +68,7 @@ class Making:
         conditioning: one row for each view that a cell reads.
         start: absolute index of its first latent frame.
         poses: at the end of each frame, in worlds that have poses.
+        taken: cells that have run.
         x: input of the next cell, ``[1, C, F, H, W]``; in the end its clean latents, float32.
     """
 
@@ -104,9 +105,9 @@ class Making:
                     f"{list(known.frames.shape)} and {list(known.latents.shape)}"
                 )
             known = Known(known.frames.to(device), known.latents.to(device), known.timestep)
-        block = cells[0].block
+        block, self.taken = cells[0].block, 0
         self.conditioning, self.start, self.poses = conditioning, start, poses
-        self.x = _ours((noise(block, 0, shape) if x is None else x).to(device))
+        self.x = ours((noise(block, 0, shape) if x is None else x).to(device))
         self._sampler = SAMPLERS[sampler](cells, lambda step: noise(block, step, shape).to(device))
         self._on_step, self._guidance, self._known = on_step, guidance, known
 
@@ -128,7 +129,7 @@ class Making:
         x0 = clean_from_flow(self.x, flow, cell.sigma)
         if self._on_step is not None:
             self._on_step(cell, x0)
-        self.x = self._sampler.after(cell, self.x, flow, x0)
+        self.x, self.taken = self._sampler.after(cell, self.x, flow, x0), self.taken + 1
         if cell.next_sigma == 0.0 and self._known is not None:
             self.x = self._with_known(self.x)
 
@@ -163,7 +164,7 @@ def commit(
     ``poses``: at the end of each frame, in worlds that have poses.
     """
     views = lanes[cell.reads]
-    rows = _ours(latents).expand(len(views), *latents.shape[1:])
+    rows = ours(latents).expand(len(views), *latents.shape[1:])
     commit_pass(rows, timesteps(cell, rows), conditioning, views)
     assert cell.publishes is not None, "a context pass is for later blocks"
     stage(cell, start, poses, views, lanes[cell.publishes], latents.shape[2])
@@ -193,7 +194,7 @@ def publish(cells: Iterable[Cell], lanes: Lanes, only: Container[int] | None = N
             view.context.commit(cell.block, cell.level, only)
 
 
-def _ours(latents: Tensor) -> Tensor:
+def ours(latents: Tensor) -> Tensor:
     """What came from outside as a tensor like those made here: to compiled code, inference tensors
     and all others are two things, and two graphs."""
     return latents if latents.is_inference() else latents.clone()
@@ -209,3 +210,28 @@ def timesteps(cell: Cell, latents: Tensor) -> Tensor:
 def clean_from_flow(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
     """``x0 = x - σ v`` in float64, in the dtype of ``x``."""
     return (x.double() - sigma * flow.double()).to(x.dtype)
+
+
+def side_by_side(rows: Sequence[Conditioning]) -> Conditioning:
+    """The conditioning of several passes as one of more rows."""
+    if len(rows) == 1:
+        return rows[0]
+    first = rows[0]
+
+    def joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        alike = all(part is parts[0] for part in parts)
+        if alike and all(tensor.shape[0] == 1 for tensor in parts[0]):
+            return tuple(x.expand(len(parts), *x.shape[1:]) for x in parts[0])  # no copy
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    return Conditioning(
+        joined([row.text_keys for row in rows]),
+        joined([row.text_values for row in rows]),
+        actions=None if first.actions is None else torch.cat([_of(row.actions) for row in rows]),
+        rays=None if first.rays is None else torch.cat([_of(row.rays) for row in rows]),
+    )
+
+
+def _of(given: Tensor | None) -> Tensor:
+    assert given is not None, "rows of one world are conditioned alike"
+    return given
