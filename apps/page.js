@@ -144,7 +144,7 @@ after.port1.onmessage = () => {
   const now = performance.now();
   for (const told of drawn.splice(0)) {
     send("ack", { number: told.number, received: told.received, due: told.due, painted: now });
-    if (state.log) state.log.push({ number: told.number, run: told.run, block: told.block, event: told.event, received: told.received, painted: now, pixels: told.pixels });
+    if (state.log) state.log.push({ number: told.number, run: told.run, block: told.block, event: told.event, received: told.received, due: told.due, painted: now, pixels: told.pixels });
     setTimeout(painted, 0, told, now); // what may wait
   }
 };

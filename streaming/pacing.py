@@ -4,7 +4,7 @@ import math
 from collections import deque
 
 WATCHED = 8  # blocks
-AHEAD = 0.012  # seconds from a block's being due here to its first picture's being seen
+AHEAD = 0.018  # seconds from a block's being due here to its first picture's being seen
 IDLE = 0.004  # seconds between a picture's being due and painted that are left as they are
 SLEW = 0.001  # seconds by which one deadline is moved at most
 LATE = 0.5  # of a period: what leaves or is painted later than this after it was due is late
