@@ -6,6 +6,8 @@ called, so that `worldsim --help` loads no model.
 
 import sys
 import warnings
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -35,6 +37,22 @@ app.registered_commands = sorted(
     key=lambda command: ORDER.index(command.name or ""),
 )
 app.add_typer(cli_schedule.app, name="schedule")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"worldsim {version('worldsim')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _: Annotated[
+        bool,
+        typer.Option("--version", help="Say it and stop.", callback=_say_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:

@@ -16,7 +16,8 @@ from worldsim.apps.room import WAITING, Room
 from worldsim.apps.wire import VERSION, Malformed, Rate, picture, read
 from worldsim.controls import ControlState
 from worldsim.streaming.pacing import AHEAD
-from worldsim.streaming.player import Player, Ready
+from worldsim.streaming.player import Player
+from worldsim.streaming.seat import Ready
 
 PER_SECOND, AT_ONCE = 200, 400  # messages
 HUD = 0.5  # seconds from one to the next

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from threading import Condition, Thread
 
-from worldsim.streaming.player import NEVER, Player
+from worldsim.streaming.player import Player
+from worldsim.streaming.seat import NEVER
 
 MEMORY = 4.0  # seconds in which what a player had is forgotten to 1/e
 REST = 0.5  # seconds between looks at who is idle

@@ -16,8 +16,9 @@ from worldsim.streaming.course import Course
 from worldsim.streaming.latency import PARTS, Latency, quantile, trip
 from worldsim.streaming.pacing import Pacer
 from worldsim.streaming.pictures import JPEG, WEBP, Jpeg, Webp, encoder
-from worldsim.streaming.player import COMMANDS_KEPT, HEARD_KEPT, NEVER, Player, Ready
+from worldsim.streaming.player import Player
 from worldsim.streaming.recording import Recording
+from worldsim.streaming.seat import COMMANDS_KEPT, HEARD_KEPT, NEVER, Ready
 from worldsim.streaming.turns import Turns
 from worldsim.world import World
 

@@ -181,6 +181,16 @@ class Schedule:
             raise ValueError(f"schedule: a rule is {', '.join(RULES)}, lag0, lag1, …, not {rule!r}")
         return replace(self, context=rule, lag=0, order="joint" if rule == "joint" else "serial")
 
+    def check_recache(self) -> None:
+        """Raises:
+        ValueError: where blocks cannot be committed anew.
+        """
+        if self.rule != "clean":
+            raise ValueError(
+                "cache: recache commits finished blocks anew, but this schedule reads blocks in "
+                "the making: flush instead"
+            )
+
     @property
     def lanes(self) -> tuple[int, ...]:
         """Every lane that some cell reads."""

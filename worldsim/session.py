@@ -22,7 +22,6 @@ from worldsim.memory import MemoryReport
 from worldsim.models.autoencoder import Carry, Decoder, to_pictures
 from worldsim.parts import part
 from worldsim.rollout import Known, Noise, OnStep
-from worldsim.schedule import Schedule
 from worldsim.script import Script
 from worldsim.state import Asked, Block, Change, Decoding, Made, Played, Snapshot
 
@@ -204,7 +203,7 @@ class Session(Maker):
         Raises:
             ValueError: under a schedule that reads what steps leave behind.
         """
-        check_recache(self.settings.schedule)
+        self.settings.schedule.check_recache()
         self._change(Event.RECACHE)
 
     def _change(self, change: Change) -> None:
@@ -384,17 +383,6 @@ class Session(Maker):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def check_recache(schedule: Schedule) -> None:
-    """Raises:
-    ValueError: where blocks cannot be committed anew.
-    """
-    if schedule.rule != "clean":
-        raise ValueError(
-            "cache: recache commits finished blocks anew, but this schedule reads blocks in the "
-            "making: flush instead"
-        )
 
 
 @torch.inference_mode()

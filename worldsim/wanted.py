@@ -8,7 +8,6 @@ from torch import Tensor
 
 from worldsim.cache.mid import check_form
 from worldsim.config import Settings
-from worldsim.session import check_recache
 
 if TYPE_CHECKING:
     from worldsim.stocked import Stocked
@@ -61,7 +60,7 @@ def settled(world: "Stocked", wanted: Wanted) -> Settings:
             "schedule: nothing runs joint windows yet; 'worldsim schedule show' draws them"
         )
     if cache.prompt == "recache":
-        check_recache(schedule)
+        schedule.check_recache()
     if schedule.rule != own.rule and schedule.rule not in world.warned_of:
         world.warned_of.add(schedule.rule)
         warnings.warn(
