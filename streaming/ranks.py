@@ -18,7 +18,8 @@ from torch import Tensor
 
 from worldsim.config import Settings
 from worldsim.controls import Control
-from worldsim.saving import load
+from worldsim.recorder import RunFile
+from worldsim.saving import Saved, load, opened, read
 from worldsim.schedule import Cell
 from worldsim.script import Script
 from worldsim.session import Session, decode
@@ -29,6 +30,7 @@ from worldsim.streaming.kept import file_of, keep, keep_decoder, read_decoder
 from worldsim.streaming.link import STOP, Link, Order
 from worldsim.streaming.rehearsal import rehearse
 from worldsim.streaming.ring import Ring
+from worldsim.streaming.split import portion
 from worldsim.streaming.words import share_words
 from worldsim.world import World
 
@@ -49,7 +51,10 @@ class Run:
         rehearse: seconds that each pass sleeps instead of computing; None computes.
         log: note every cell that ran.
         saves: a folder for the ranks' states, one every so many blocks (``every``).
-        resume: a folder of states to go on from.
+        resume: what to go on from: a folder of as many ranks' states, or what `Session.save` wrote.
+        record: a replay file (.wsrun) that the last rank writes.
+        fingerprint: of the whole world, which no rank has: needed to record, and where it is given
+            a serial session's file must be of that world.
     """
 
     opener: Callable[[Share], World]
@@ -67,6 +72,8 @@ class Run:
     saves: str | None = None
     every: int = 0
     resume: str | None = None
+    record: str | None = None
+    fingerprint: str = ""
 
 
 class Inbox(Protocol):
@@ -137,10 +144,14 @@ class Rank:
             first = run.prompt if script is None else script.prompt(0)
             self._asked = self._agreed(first, store)
         self._leader = Leader(run, script, inbox)
+        self._record: RunFile | None = None
+        if run.record is not None and share.last:
+            told = self.settings, self._asked.prompt, run.fingerprint
+            self._record = RunFile(run.record, self.world, *told)
         self._epoch = 0
         self._decoding = Decoding()
         if run.resume is not None and share.decodes:
-            self._decoding = read_decoder(self.world, run.resume)
+            self._decoding = self._resumed_decoding(Path(run.resume))
 
     def _agreed(self, words: str | None, store: Store) -> Asked:
         """What the first block is asked for, as the first rank says."""
@@ -163,7 +174,10 @@ class Rank:
             yield order, block
 
     def finish(self, order: Order, block: Block) -> Block:
-        """Decode a finished block, on the rank that does so; blocks come in order."""
+        """Record and decode a finished block, on the last rank; blocks come in order."""
+        if self._record is not None:
+            assert order.played is not None
+            self._record.made(order.played, block)
         if self.run.decoding and self.world.autoencoder is not None:
             carry = decode(self.world.autoencoder, block, self._decoding.carry)
             self._decoding = Decoding(block.index + 1, carry)
@@ -193,16 +207,36 @@ class Rank:
     def _session(self, lanes: tuple[int, ...], lane: int | None = None) -> Session:
         """A session of these lanes, new or out of a saved state."""
 
-        def opened(settings: Settings, asked: Asked) -> Session:
+        def new(settings: Settings, asked: Asked) -> Session:
+            if settings != self.settings:
+                raise ValueError(f"{self.run.resume} was saved under other settings: give its own")
             return Session(self.world, settings, asked, lanes=lanes)
 
         if self.run.resume is None:
-            session = opened(self.settings, self._asked)
+            session = new(self.settings, self._asked)
+        elif Path(self.run.resume).is_file():
+            part = portion(self._serial(self.run.resume), lanes, self.share.layers)
+            session = opened(part, new, self.run.resume)
         else:
-            session = load(self.world, file_of(self.run.resume, self.share.rank, lane), opened)
+            session = load(self.world, file_of(self.run.resume, self.share.rank, lane), new)
         if self.run.log:
             session.on_cell = self._note
         return session
+
+    def _serial(self, path: str | Path) -> Saved:
+        """A serial session's state, whole."""
+        saved, fingerprint = read(self.world, path), self.run.fingerprint
+        if fingerprint and saved.fingerprint != fingerprint:
+            raise ValueError(f"{path} is of a world {saved.world!r} with other weights")
+        return saved
+
+    def _resumed_decoding(self, source: Path) -> Decoding:
+        if not source.is_file():
+            return read_decoder(self.world, source)
+        saved = self._serial(source)
+        if self.run.decoding and saved.decoding.decoded != saved.moment.block:
+            raise ValueError(f"{source} was saved before its pictures were made: decode them first")
+        return saved.decoding
 
     # --- steps on ranks -----------------------------------------------------------------------
     def _steps(self, session: Session) -> Iterator[tuple[Order, Block]]:

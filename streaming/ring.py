@@ -213,6 +213,8 @@ class Ring:
         ``[S · rows, N, D]``, or on the last rank latents ``[S, C, F, h, w]``; each in the place of
         its step."""
         model, each = self.world.transformer, self.settings.rows
+        if not due:  # fewer blocks than ranks: a message comes all the same
+            return torch.zeros(self._back if self.share.last else self._hidden)
         views = [view for d in due for view in self.lanes[d.cell.reads]]
         told = [d.making.rows(d.cell, each) for d in due]
         latents, levels = (torch.cat(part) for part in zip(*told, strict=True))

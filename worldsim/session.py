@@ -43,7 +43,7 @@ from worldsim.state import (
 )
 
 if TYPE_CHECKING:
-    from worldsim.replay import Recorder
+    from worldsim.recorder import Recorder
     from worldsim.world import World
 
 
@@ -590,7 +590,7 @@ class Session:
                 can hold.
             OSError: where it cannot be written.
         """
-        from worldsim.replay import Recorder
+        from worldsim.recorder import Recorder
 
         self.recorder = Recorder(path, self)
         return self.recorder
