@@ -17,8 +17,8 @@ from worldsim.share import Share, shares
 from worldsim.state import Block
 from worldsim.streaming.kept import states
 from worldsim.streaming.launch import Ranks
+from worldsim.streaming.leader import Run
 from worldsim.streaming.pipeline import Writer
-from worldsim.streaming.ranks import Run
 from worldsim.streaming.video_sinks import kept_pictures
 from worldsim.world import World
 

@@ -33,6 +33,23 @@ def keep(session: Session, folder: str | Path, rank: int, lane: int | None = Non
     save(session, file_of(folder, rank, lane))
 
 
+def forget(saves: str | None, back: int, rank: int, lane: int | None = None) -> None:
+    """Drop what a rank has written of later blocks than ``back``: they are made anew."""
+    for folder in _later(saves, back):
+        file_of(folder, rank, lane).unlink(missing_ok=True)
+
+
+def forget_decoder(saves: str | None, back: int) -> None:
+    """The same of the decoder."""
+    for folder in _later(saves, back):
+        Path(folder, DECODER).unlink(missing_ok=True)
+
+
+def _later(saves: str | None, back: int) -> list[Path]:
+    folders = [] if saves is None else list(Path(saves).glob("block-*"))
+    return [folder for folder in folders if int(folder.name.rpartition("-")[2]) > back]
+
+
 def keep_decoder(folder: str | Path, decoding: Decoding) -> None:
     """Write what the decoder goes on from."""
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from worldsim.state import Block
 from worldsim.streaming import faults, launch
 from worldsim.streaming.faults import RankFailed, Watch
 from worldsim.streaming.launch import Ranks
-from worldsim.streaming.ranks import Run
+from worldsim.streaming.leader import Run
 from worldsim.streaming.sinks import open_sink
 from worldsim.streaming.video_sinks import kept_pictures
 from worldsim.world import World

@@ -600,6 +600,11 @@ class Session:
         """Whether its noise comes from the caller, not from the seed."""
         return self._noise is not None
 
+    def remember(self, most: int) -> None:
+        """Keep so many snapshots to rewind to, whatever they take; before its first block."""
+        self.history, self._lanes.snapshots = History(most), most
+        self.history.add(self._capture())
+
     def _remember(self) -> None:
         # Not where something was done since the newest block: it is what comes after the boundary.
         if self._in_step and not self.now.changes and self.history.wants(self.block):
