@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from worldsim.config import Settings
+from worldsim.parts import part
 from worldsim.recorder import RunFile
 from worldsim.saving import Saved, load, opened, read
 from worldsim.schedule import Cell
@@ -170,8 +171,8 @@ class Rank:
         if self.run.resume is None:
             session = new(self.settings, self._asked)
         elif Path(self.run.resume).is_file():
-            part = portion(self._serial(self.run.resume), lanes, self.share.layers)
-            session = opened(part, new, self.run.resume)
+            mine = portion(self._serial(self.run.resume), lanes, self.share.layers)
+            session = opened(mine, new, self.run.resume)
         else:
             session = load(self.world, file_of(self.run.resume, self.share.rank, lane), new)
         if self.run.log:
@@ -214,7 +215,8 @@ class Rank:
                 block = self._follow(session, order, flat)
             if not last:
                 link.send(rank + 1, order.encode(), block.latents)
-            session.settle()  # send, then commit
+            with part("commit", order.block, block.timings):
+                session.settle()  # send, then commit
             if order.back is not None:
                 forget(self.run.saves, order.back, rank)
             for folder in order.saves:
