@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worldsim.apps.opening import DTYPES, MADE, open_share
+import torch
+
+from worldsim.apps.opening import DTYPES, MADE, open_share, open_world
 from worldsim.blueprint import world_of_folder
 from worldsim.bundle import auto_dtype, check_device, locate
 from worldsim.models.autoencoder import GROUP
@@ -15,8 +17,8 @@ from worldsim.share import Share, shares
 from worldsim.state import Block
 from worldsim.streaming.kept import states
 from worldsim.streaming.launch import Ranks
+from worldsim.streaming.leader import Run
 from worldsim.streaming.pipeline import Writer
-from worldsim.streaming.ranks import Run
 from worldsim.streaming.video_sinks import kept_pictures
 from worldsim.world import World
 
@@ -58,11 +60,13 @@ def planned(
     Raises:
         ValueError: for what cannot be shared out.
     """
-    for name in ("image", "profile", "record"):
+    for name in ("image", "profile"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} goes with one rank")
     if options.compile:
         raise ValueError("--compile goes with one rank")
+    if options.record is not None and options.resume:
+        raise ValueError("--record begins with its stream: leave --resume out")
     setting = options.setting
     told = {
         "seed": options.seed,
@@ -74,13 +78,9 @@ def planned(
     }
     schedule = world.settings(**told).schedule  # type: ignore[arg-type]
     parts = shares(schedule, world.transformer.config.num_layers, ranks)
-    if options.device != "cpu":
-        import torch
-
-        if ranks > torch.cuda.device_count() and under_torchrun() is None:
-            raise ValueError(
-                f"{ranks} ranks want as many GPUs, and there are {torch.cuda.device_count()}"
-            )
+    there = ranks if options.device == "cpu" else torch.cuda.device_count()
+    if ranks > there and under_torchrun() is None:
+        raise ValueError(f"{ranks} ranks want as many GPUs, and there are {there}")
     run = Run(
         partial(open_share, setting.world, setting.dtype, options.device, None), ranks, told,
         options.prompt, options.controls, blocks=blocks,
@@ -88,7 +88,17 @@ def planned(
         saves=str(saves_of(options.out)) if options.save_every else None,
         every=options.save_every,
     )  # fmt: skip
+    if options.record is not None and delivers(ranks):
+        whole = fingerprint(options, world.dtype)
+        run = replace(run, record=str(options.record.resolve()), fingerprint=whole)
     return run, parts
+
+
+def fingerprint(options: "StreamOptions", dtype: torch.dtype) -> str:
+    """Of the whole world, for its recording: it is read once into the computer's memory, and
+    dropped."""
+    kind = str(dtype).removeprefix("torch.")
+    return open_world(options.setting.world, kind, "cpu", options.threads).fingerprint
 
 
 def saves_of(out: str) -> Path:

@@ -54,6 +54,11 @@ class PageKind:
 Needs = Mapping[PageKind, int]  # pages of each kind
 
 
+def layer_axes(kind: PageKind) -> tuple[int, ...]:
+    """Of each of a page's `PagePool.tensors`, the dimension that counts its layers."""
+    return (1,) * (1 if kind.format == FULL else 2) + (0,) * kind.placed
+
+
 class _Page(NamedTuple):
     """Tensors of one page, views of its slab. ``[2, layers, heads, …]`` holds keys, then values."""
 

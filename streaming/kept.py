@@ -5,6 +5,7 @@ drained, and all files together are what a serial session would be at that block
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from worldsim.plain import Pack, Unpack
-from worldsim.saving import HEADER, load, save
+from worldsim.saving import HEADER, Saved, opened, read, save
 from worldsim.session import Session
 from worldsim.state import Decoding
-from worldsim.streaming.batched import united
+from worldsim.streaming.split import merged, stacked
 from worldsim.world import World
 
 DECODER = "decoder.safetensors"
@@ -30,6 +31,23 @@ def keep(session: Session, folder: str | Path, rank: int, lane: int | None = Non
     """Write a rank's state."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save(session, file_of(folder, rank, lane))
+
+
+def forget(saves: str | None, back: int, rank: int, lane: int | None = None) -> None:
+    """Drop what a rank has written of later blocks than ``back``: they are made anew."""
+    for folder in _later(saves, back):
+        file_of(folder, rank, lane).unlink(missing_ok=True)
+
+
+def forget_decoder(saves: str | None, back: int) -> None:
+    """The same of the decoder."""
+    for folder in _later(saves, back):
+        Path(folder, DECODER).unlink(missing_ok=True)
+
+
+def _later(saves: str | None, back: int) -> list[Path]:
+    folders = [] if saves is None else list(Path(saves).glob("block-*"))
+    return [folder for folder in folders if int(folder.name.rpartition("-")[2]) > back]
 
 
 def keep_decoder(folder: str | Path, decoding: Decoding) -> None:
@@ -68,44 +86,27 @@ def gathered(world: World, folder: str | Path) -> Session:
     """A serial session that goes on where a run over ranks stood.
 
     Raises:
-        ValueError: for a folder that is no such state, an incomplete one, or one of a ring.
+        ValueError: for a folder that is no such state, or an incomplete one.
     """
-    files = sorted(Path(folder).glob("rank-*.safetensors"))
-    if any(file.stem.count("-") > 1 for file in files):  # a file for each lane
-        raise ValueError(
-            f"{folder} is of a ring, whose ranks have some of the layers each: go on with it over "
-            "as many ranks"
-        )
+    saved = _joined(world, folder)
+    return opened(saved, lambda settings, asked: Session(world, settings, asked), folder)
+
+
+def _joined(world: World, folder: str | Path) -> Saved:
+    """What all ranks have written, as a serial session would have."""
+    files: dict[int | None, list[tuple[int, Path]]] = {}
+    for file in Path(folder).glob("rank-*.safetensors"):
+        _, rank, *lane = file.stem.split("-")
+        files.setdefault(int(lane[0]) if lane else None, []).append((int(rank), file))
     if not files or not Path(folder, DECODER).is_file():
         raise ValueError(f"{folder} holds no complete state of a run over ranks")
-    parts: list[Session] = []
-    try:
-        for file in files:
-            lanes = lanes_of(file)
-            parts.append(load(
-                world, file, lambda settings, asked, lanes=lanes: Session(  # type: ignore[misc]
-                    world, settings, asked, lanes=lanes
-                ), whole=False,
-            ))  # fmt: skip
-        taken = [part.snapshot() for part in parts]
-        lanes_there = {lane for snapshot in taken for lane in snapshot.tables}
-        if lanes_there != set(parts[0].settings.schedule.lanes):
-            raise ValueError(f"{folder} lacks the state of some ranks")
-        decoding = read_decoder(world, folder)
-        whole = Session(world, parts[0].settings, parts[0].asked)
-        try:
-            whole.restore(united(taken, decoding))
-        except BaseException:
-            whole.close()
-            raise
-        return whole
-    finally:
-        for part in parts:
-            part.close()
-
-
-def lanes_of(file: Path) -> tuple[int, ...]:
-    """The lanes that a saved part has."""
-    with safe_open(file, "pt") as opened:
-        told = json.loads(opened.metadata()[HEADER])
-    return tuple(int(lane) for lane in told["tables"])
+    by_lane = {lane: [read(world, file) for _, file in sorted(files[lane])] for lane in files}
+    if None in by_lane:  # steps on ranks: a file for each rank, with all layers
+        saved = merged(by_lane[None])
+    else:  # a ring: a file for each rank and lane
+        saved = merged([stacked(by_lane[lane]) for lane in sorted(by_lane, key=lambda n: n or 0)])
+    layers = world.transformer.config.num_layers
+    have = {tensors[0].shape[1] for _, tensors in saved.pages}
+    if set(saved.tables) != set(saved.settings.schedule.lanes) or have - {layers}:
+        raise ValueError(f"{folder} lacks the state of some ranks")
+    return replace(saved, decoding=read_decoder(world, folder))

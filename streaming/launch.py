@@ -13,9 +13,11 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Generator, Iterator
+from concurrent.futures import Future
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from pickle import UnpicklingError
 from threading import Event, Thread, Timer
 from typing import Any
@@ -37,8 +39,10 @@ from worldsim.streaming.faults import (
     Watch,
     end_process,
 )
+from worldsim.streaming.leader import Run
+from worldsim.streaming.link import Order
 from worldsim.streaming.pipeline import prefetch
-from worldsim.streaming.ranks import Rank, Run
+from worldsim.streaming.ranks import Rank
 from worldsim.streaming.words import check_words
 from worldsim.world import World
 
@@ -68,6 +72,8 @@ class Ranks:
         self._failure: Failure | None = None
         self._stream: Generator[Block, None, None] | None = None
         self._over = Event()
+        self._newest = -1  # block that came
+        self._snapshots: dict[str, tuple[Future[Path], set[int]]] = {}
         context = _context()
         self._results: list[Connection] = []
         self._orders: Connection
@@ -128,10 +134,17 @@ class Ranks:
                     del open_[rank]
                     continue
                 if kind == "block":
-                    yield _unpacked(value)
+                    block = _unpacked(value)
+                    self._newest = block.index
+                    yield block
+                elif kind == "kept":
+                    self._kept(rank, value)
                 else:
                     self.ran[rank], self.messages[rank] = value
         self._over.wait()
+        for future, _ in self._snapshots.values():
+            future.set_exception(ValueError("the run has ended before its state was written"))
+        self._snapshots.clear()
         if self._failure is not None:
             raise self._failure.error()
 
@@ -142,12 +155,56 @@ class Ranks:
         Raises:
             ValueError: for what this world does not know; the run goes on.
         """
-        if name not in ("control", "cut", "flush", "reset", "stop"):
+        if name not in ("control", "cut", "flush", "reset"):
             raise ValueError(f"ranks know no {name!r}")
         if name == "control":
             self._check(**arguments)
+        self._order(name, **arguments)
+
+    def snapshot(self, folder: str | Path) -> "Future[Path]":
+        """Have every rank write its state after the next block that is begun, on its way past it.
+        `worldsim.streaming.kept.gathered` makes a session of the folder, `Run.resume` a run.
+
+        The future is done once all of it is there, while somebody takes the `blocks`; it raises a
+        ValueError where the run ends before.
+
+        Raises:
+            ValueError: for a run along a script that has no ``saves``: that is made again instead.
+        """
+        if not self.run.keeps:
+            raise ValueError("a run along a script writes states only where it has saves=")
+        future: Future[Path] = Future()
+        name = str(Path(folder).resolve())
+        self._snapshots[name] = future, set()
+        self._order("snapshot", folder=name)
+        return future
+
+    def rewind(self, to_block: int) -> None:
+        """Go back to right before a block, as `Session.rewind` does: blocks on their way still
+        come, and then it and those after it once more. What is told after it holds from there on.
+
+        From the nearest state that ranks keep in memory (`Run.snapshots`), and blocks between are
+        made again, which nobody sees. Where the way is forgotten, the run goes on as it was.
+
+        Raises:
+            ValueError: for a block that has not come out of `blocks`.
+        """
+        if not 0 <= to_block <= self._newest:
+            raise ValueError(f"cannot go back to block {to_block}: the newest is {self._newest}")
+        self._order("rewind", to_block=to_block)
+
+    def _order(self, name: str, **arguments: Any) -> None:
         with contextlib.suppress(OSError):  # gone: `blocks` tells why
             self._orders.send((name, arguments))
+
+    def _kept(self, rank: int, folder: str) -> None:
+        """A rank has written its state."""
+        if folder in self._snapshots:
+            future, ranks = self._snapshots[folder]
+            ranks.add(rank)
+            if len(ranks) == self.run.ranks:
+                del self._snapshots[folder]
+                future.set_result(Path(folder))
 
     def _check(
         self,
@@ -165,7 +222,7 @@ class Ranks:
 
     def stop(self) -> None:
         """Have no more blocks begun; those in the making still come."""
-        self.tell("stop")
+        self._order("stop")
 
     def close(self) -> None:
         """End all ranks: well if they can, and for sure."""
@@ -278,8 +335,11 @@ def _work(
             timeout=PATIENCE,
         )  # fmt: skip
         rank = Rank(run, share, store, beat, heard if share.rank == 0 else None)
-        for block in finished(rank):
-            results.send(("block", _packed(block)))
+        for order, block in finished(rank):
+            for folder in order.saves:
+                results.send(("kept", folder))
+            if block is not None and not order.again:
+                results.send(("block", _packed(block)))
         results.send(("ran", (rank.ran, rank.messages)))
     except PeerLost as error:
         beat.fail(store, f"lost touch ({error})", peer=True)
@@ -298,19 +358,20 @@ def _work(
     os._exit(0)  # at once: nothing is left to do that could hang
 
 
-def finished(rank: Rank) -> Iterator[Block]:
-    """A rank's blocks, decoded if it decodes, and none on ranks that only pass them on."""
+def finished(rank: Rank) -> Iterator[tuple[Order, Block | None]]:
+    """What a rank has done, in order. On the last one each block comes with it, decoded if it
+    decodes; the others only pass them on."""
     if not rank.share.last:
-        for _ in rank.blocks():
-            pass
+        for order, _ in rank.blocks():
+            yield order, None
         return
     if not rank.run.overlap:
         for order, block in rank.blocks():
-            yield rank.finish(order, block)
+            yield order, rank.finish(order, block)
         return
     with contextlib.closing(prefetch(rank.blocks())) as ahead:  # decoding overlaps its own steps
         for order, block in ahead:
-            yield rank.finish(order, block)
+            yield order, rank.finish(order, block)
 
 
 def why(error: BaseException) -> str:

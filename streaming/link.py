@@ -27,26 +27,38 @@ class Order:
     Attributes:
         block: its number.
         start: absolute index of its first latent frame.
-        epoch: changes of prompt, cuts and the like so far, this block's own counted in.
+        epoch: changes of prompt, cuts, ways back and the like so far, this block's own counted in.
         played: what it is made under; None: there is none, stop.
-        save: after it, every rank writes its state into this folder.
+        saves: after it, every rank writes its state into these folders.
         begun: when its first step was, as `time.time` has it.
+        back: before it, every rank goes back to right before this block, which is the same.
+        again: it is made once more, on the way to where one was sent back to; nobody sees it.
+        kept: the blocks right before which states are kept to go back to.
     """
 
     block: int
     start: int
     epoch: int
     played: Played | None = None
-    save: str | None = None
+    saves: tuple[str, ...] = ()
     begun: float = 0.0
+    back: int | None = None
+    again: bool = False
+    kept: tuple[int, ...] = ()
+
+    @property
+    def turns(self) -> int:
+        """By how much its epoch is more than that of the block before."""
+        assert self.played is not None
+        return len(self.played.changes) + (self.back is not None)
 
     def encode(self) -> bytes:
         """Raises:
         ValueError: for what no header can carry.
         """
         told: dict[str, object] = {
-            "block": self.block, "start": self.start, "epoch": self.epoch, "save": self.save,
-            "begun": self.begun,
+            "block": self.block, "start": self.start, "epoch": self.epoch, "saves": self.saves,
+            "begun": self.begun, "back": self.back, "again": self.again, "kept": self.kept,
         }  # fmt: skip
         if self.played is not None:
             applied = self.played.applied
@@ -77,7 +89,10 @@ class Order:
             for change in told["changes"]
         )
         played = Played(changes, Held(), applied)
-        return cls(told["block"], told["start"], told["epoch"], played, told["save"], told["begun"])
+        return cls(
+            told["block"], told["start"], told["epoch"], played, tuple(told["saves"]),
+            told["begun"], told["back"], told["again"], tuple(told["kept"]),
+        )  # fmt: skip
 
 
 STOP = Order(-1, -1, -1)

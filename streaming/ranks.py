@@ -8,103 +8,35 @@ committed: the context pass of a rank runs while the next rank is denoising.
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from worldsim.config import Settings
-from worldsim.controls import Control
-from worldsim.saving import load
+from worldsim.parts import part
+from worldsim.recorder import RunFile
+from worldsim.saving import Saved, load, opened, read
 from worldsim.schedule import Cell
-from worldsim.script import Script
 from worldsim.session import Session, decode
 from worldsim.share import Share
 from worldsim.state import Asked, Block, Decoding
 from worldsim.streaming.faults import Beat, Store
-from worldsim.streaming.kept import file_of, keep, keep_decoder, read_decoder
+from worldsim.streaming.kept import (
+    file_of,
+    forget,
+    forget_decoder,
+    keep,
+    keep_decoder,
+    read_decoder,
+)
+from worldsim.streaming.leader import Inbox, Leader, Run
 from worldsim.streaming.link import STOP, Link, Order
 from worldsim.streaming.rehearsal import rehearse
 from worldsim.streaming.ring import Ring
-from worldsim.streaming.words import share_words
-from worldsim.world import World
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that ranks have to know; it goes to other processes.
-
-    Attributes:
-        opener: opens the world, or what a rank needs of it.
-        ranks: how many.
-        settings: arguments of `World.settings`.
-        prompt, controls: of `World.script`; where it is not ``scripted``, the player decides.
-        blocks: how many there will be in all; None: until it is stopped.
-        backend: of torch.distributed.
-        decoding: make pictures; else there are latents only.
-        overlap: where the last rank has steps as well, it decodes on a thread of its own.
-        rehearse: seconds that each pass sleeps instead of computing; None computes.
-        log: note every cell that ran.
-        saves: a folder for the ranks' states, one every so many blocks (``every``).
-        resume: a folder of states to go on from.
-    """
-
-    opener: Callable[[Share], World]
-    ranks: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    prompt: str | None = None
-    controls: str | None = None
-    scripted: bool = True
-    blocks: int | None = None
-    backend: str = "gloo"
-    decoding: bool = True
-    overlap: bool = True
-    rehearse: float | None = None
-    log: bool = False
-    saves: str | None = None
-    every: int = 0
-    resume: str | None = None
-
-
-class Inbox(Protocol):
-    """Where the first rank hears from outside; a `multiprocessing` connection, say."""
-
-    def poll(self) -> bool: ...
-    def recv(self) -> tuple[str, dict[str, Any]]: ...
-
-
-class Leader:
-    """Decides what each block is made under, on the first rank."""
-
-    def __init__(self, run: Run, script: Script | None, inbox: Inbox | None) -> None:
-        self._run, self._script, self._inbox = run, script, inbox
-        self._stopped = False
-        self._epoch = 0
-
-    def next(self, session: Session) -> tuple[bool, Sequence[Control] | None]:
-        """Whether a block is to be made, and its controls (None: what is held)."""
-        while self._inbox is not None and self._inbox.poll():
-            name, arguments = self._inbox.recv()
-            if name == "stop":
-                self._stopped = True
-            else:
-                getattr(session, name)(**arguments)
-        over = self._run.blocks is not None and session.block >= self._run.blocks
-        if self._stopped or over:
-            return False, None
-        return True, None if self._script is None else session.follow(self._script)
-
-    def order(self, session: Session, began: float) -> Order:
-        """Of the block that a session has just made, and began at that time."""
-        played, run, done = session.now.past[-1], self._run, session.block
-        self._epoch += len(played.changes)
-        start = session.frame - len(played.applied.controls)
-        saves = run.saves is not None and run.every and done % run.every == 0
-        folder = str(Path(run.saves or "", f"block-{done:06d}")) if saves else None
-        return Order(done - 1, start, self._epoch, played, folder, began)
+from worldsim.streaming.split import portion
+from worldsim.streaming.words import hear, share_words
 
 
 class Rank:
@@ -127,20 +59,29 @@ class Rank:
             self.world = run.opener(share)
             if run.rehearse is not None:
                 rehearse(self.world, run.rehearse)
-            if run.saves is not None or run.resume is not None:
+            if run.keeps:
                 _ = self.world.fingerprint  # now: words are read elsewhere from here on
-            share_words(self.world, store, share)
+            words = share_words(self.world, store, share)
             self.settings: Settings = self.world.settings(**run.settings)
             script = None
             if share.rank == 0 and run.scripted:
                 script = self.world.script(run.prompt, run.controls)
             first = run.prompt if script is None else script.prompt(0)
             self._asked = self._agreed(first, store)
-        self._leader = Leader(run, script, inbox)
+        self._leader = Leader(run, script, inbox, words)
+        self._store, self._heard = store, False
+        self._record: RunFile | None = None
+        if run.record is not None and run.resume is not None:
+            raise ValueError("a recording begins with its run: give record= or resume=")
+        if run.record is not None and share.last:
+            told = self.settings, self._asked.prompt, run.fingerprint
+            self._record = RunFile(run.record, self.world, *told)
         self._epoch = 0
         self._decoding = Decoding()
+        self._decodings: dict[int, Decoding] = {}  # right before the blocks that one may go back to
+        self._went_back = False
         if run.resume is not None and share.decodes:
-            self._decoding = read_decoder(self.world, run.resume)
+            self._decoding = self._resumed_decoding(Path(run.resume))
 
     def _agreed(self, words: str | None, store: Store) -> Asked:
         """What the first block is asked for, as the first rank says."""
@@ -160,23 +101,50 @@ class Rank:
         made = self._received() if not self.share.steps else self._made()
         for order, block in made:
             self._beat.block = order.block
+            if order.turns or not self._heard:
+                self._heard = True
+                hear(self._store, self.share.rank, order.epoch)
             yield order, block
 
     def finish(self, order: Order, block: Block) -> Block:
-        """Decode a finished block, on the rank that does so; blocks come in order."""
+        """Record and decode a finished block, on the last rank; blocks come in order."""
+        self._note_down(order, block)
+        self._go_back(order)
         if self.run.decoding and self.world.autoencoder is not None:
             carry = decode(self.world.autoencoder, block, self._decoding.carry)
             self._decoding = Decoding(block.index + 1, carry)
-        if order.save is not None:
-            keep_decoder(order.save, self._decoding)
+        for folder in order.saves:
+            keep_decoder(folder, self._decoding)
         block.timings["flight"] = time.time() - order.begun
         return block
+
+    def _note_down(self, order: Order, block: Block) -> None:
+        """Add a block to the replay file."""
+        if self._record is None:
+            return
+        self._went_back |= order.back is not None
+        if order.again:
+            return  # what is made again is no news
+        if self._went_back:
+            self._record.write({"rewind": order.block})
+            self._went_back = False
+        assert order.played is not None
+        self._record.made(order.played, block)
+
+    def _go_back(self, order: Order) -> None:
+        """Have the decoder go back with the others, and keep what they keep."""
+        if order.back is not None:
+            self._decoding = self._decodings[order.back]
+            self._decodings = {n: d for n, d in self._decodings.items() if n <= order.back}
+            forget_decoder(self.run.saves, order.back)
+        self._decodings.setdefault(order.block, self._decoding)
+        self._decodings = {n: d for n, d in self._decodings.items() if n in order.kept}
 
     def _made(self) -> Iterator[tuple[Order, Block]]:
         schedule, share = self.settings.schedule, self.share
         if schedule.order == "layers" and share.ranks > 1:
             parts = {lane: self._session((lane,), lane) for lane in schedule.lanes}
-            ring = Ring(self.world, self.settings, parts, share)
+            ring = Ring(self.world, self.settings, parts, share, self.run.saves)
             try:
                 for made in ring.blocks(self._leader, self._device()):
                     self.messages = ring.sent, ring.received
@@ -193,16 +161,38 @@ class Rank:
     def _session(self, lanes: tuple[int, ...], lane: int | None = None) -> Session:
         """A session of these lanes, new or out of a saved state."""
 
-        def opened(settings: Settings, asked: Asked) -> Session:
-            return Session(self.world, settings, asked, lanes=lanes)
+        def new(settings: Settings, asked: Asked) -> Session:
+            if settings != self.settings:
+                raise ValueError(f"{self.run.resume} was saved under other settings: give its own")
+            session = Session(self.world, settings, asked, lanes=lanes, awake=False)
+            session.remember(self.run.snapshots)
+            return session
 
         if self.run.resume is None:
-            session = opened(self.settings, self._asked)
+            session = new(self.settings, self._asked)
+        elif Path(self.run.resume).is_file():
+            mine = portion(self._serial(self.run.resume), lanes, self.share.layers)
+            session = opened(mine, new, self.run.resume)
         else:
-            session = load(self.world, file_of(self.run.resume, self.share.rank, lane), opened)
+            session = load(self.world, file_of(self.run.resume, self.share.rank, lane), new)
         if self.run.log:
             session.on_cell = self._note
         return session
+
+    def _serial(self, path: str | Path) -> Saved:
+        """A serial session's state, whole."""
+        saved, fingerprint = read(self.world, path), self.run.fingerprint
+        if fingerprint and saved.fingerprint != fingerprint:
+            raise ValueError(f"{path} is of a world {saved.world!r} with other weights")
+        return saved
+
+    def _resumed_decoding(self, source: Path) -> Decoding:
+        if not source.is_file():
+            return read_decoder(self.world, source)
+        saved = self._serial(source)
+        if self.run.decoding and saved.decoding.decoded != saved.moment.block:
+            raise ValueError(f"{source} was saved before its pictures were made: decode them first")
+        return saved.decoding
 
     # --- steps on ranks -----------------------------------------------------------------------
     def _steps(self, session: Session) -> Iterator[tuple[Order, Block]]:
@@ -225,9 +215,12 @@ class Rank:
                 block = self._follow(session, order, flat)
             if not last:
                 link.send(rank + 1, order.encode(), block.latents)
-            session.settle()  # send, then commit
-            if order.save is not None:
-                keep(session, order.save, rank)
+            with part("commit", order.block, block.timings):
+                session.settle()  # send, then commit
+            if order.back is not None:
+                forget(self.run.saves, order.back, rank)
+            for folder in order.saves:
+                keep(session, folder, rank)
             self.messages = link.sent, link.received
             yield order, block
         if not last:
@@ -237,7 +230,9 @@ class Rank:
     def _follow(self, session: Session, order: Order, flat: Tensor) -> Block:
         """Do this rank's steps of a block that was begun elsewhere."""
         assert order.played is not None
-        self._epoch += len(order.played.changes)
+        self._epoch += order.turns
+        if order.back is not None:
+            session.go_back(order.back)
         if (order.block, order.epoch) != (session.block, self._epoch):
             raise RuntimeError(
                 f"got block {order.block} of epoch {order.epoch}, expected {session.block} of "

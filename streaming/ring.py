@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,16 +25,10 @@ from worldsim.schedule import Cell
 from worldsim.session import Session
 from worldsim.share import Share
 from worldsim.state import Applied, Block
-from worldsim.streaming.kept import keep
+from worldsim.streaming.kept import forget, keep
+from worldsim.streaming.leader import Leader
 from worldsim.streaming.link import STOP, Link, Order
 from worldsim.world import World
-
-
-class Leads(Protocol):
-    """Who decides what is made; see `worldsim.streaming.ranks.Leader`."""
-
-    def next(self, session: Session) -> tuple[bool, Sequence[Control] | None]: ...
-    def order(self, session: Session, began: float) -> Order: ...
 
 
 @dataclass
@@ -75,13 +68,20 @@ class Ring:
     """
 
     def __init__(
-        self, world: World, settings: Settings, parts: dict[int, Session], share: Share
-    ) -> None:
+        self, world: World, settings: Settings, parts: dict[int, Session], share: Share,
+        saves: str | None = None,
+    ) -> None:  # fmt: skip
+        """``saves``: where the states of its run are."""
         if settings.independent_first_frame:
             raise ValueError("schedule: in a ring all blocks are of one size: first frame and all")
+        if settings.cache.form == "topk":  # by a score over all layers, of which a rank has some
+            raise ValueError(
+                "cache: in a ring nobody can choose by topk: pool, participative or pose"
+            )
         self.world, self.settings, self.parts, self.share = world, settings, parts, share
         self.lanes: Lanes = {lane: part.lanes[lane] for lane, part in parts.items()}
         self.received = self.sent = 0
+        self._saves = saves
         self._steps = len(settings.schedule.steps)
         self._shape = world.latents_of(settings.size, world.config.block_frames)
         self._flights: deque[Flight] = deque()
@@ -90,7 +90,7 @@ class Ring:
         self._began = 0.0
 
     @torch.inference_mode()
-    def blocks(self, leader: Leads, device: torch.device) -> Iterator[tuple[Order, Block]]:
+    def blocks(self, leader: Leader, device: torch.device) -> Iterator[tuple[Order, Block]]:
         """Run to the end. Every block comes out after its last step here; finished on the last
         rank.
 
@@ -142,7 +142,7 @@ class Ring:
         back.flush()
 
     # --- who is where -------------------------------------------------------------------------
-    def _entering(self, leader: Leads, tick: int) -> Flight | None:
+    def _entering(self, leader: Leader, tick: int) -> Flight | None:
         session = next(iter(self.parts.values()))
         going, self._keys = leader.next(session)
         self._began = time.time()
@@ -155,7 +155,9 @@ class Ring:
         if order.played is None:
             return None, given
         session = next(iter(self.parts.values()))
-        self._epoch += len(order.played.changes)
+        self._epoch += order.turns
+        if order.back is not None:
+            session.go_back(order.back)
         if (order.block, order.epoch) != (session.block, self._epoch):
             raise RuntimeError(f"got {order}, expected block {session.block}")
         return Flight(tick, session.frame, order), given
@@ -171,6 +173,8 @@ class Ring:
             session.ready()
             return Due(flight, session.cells()[0], *session.begin(self._keys))
         assert flight.order.played is not None
+        if flight.order.back is not None:
+            session.go_back(flight.order.back)
         session.heed(flight.order.played)
         session.ready()
         known = self.share.rank == 0 or self.share.last
@@ -190,11 +194,13 @@ class Ring:
 
     def _keep(self, due: Due) -> None:
         """Write this lane's state, where that is asked for after this block."""
-        order = due.flight.order
-        if order is not None and order.save is not None:
-            lane = due.cell.reads
+        order, lane = due.flight.order, due.cell.reads
+        assert order is not None
+        if order.back is not None:
+            forget(self._saves, order.back, self.share.rank, lane)
+        for folder in order.saves:
             self.parts[lane].settle()
-            keep(self.parts[lane], order.save, self.share.rank, lane)
+            keep(self.parts[lane], folder, self.share.rank, lane)
 
     def _finished(self, flight: Flight) -> tuple[Order, Block]:
         assert flight.order is not None and flight.x is not None
@@ -212,6 +218,8 @@ class Ring:
         ``[S · rows, N, D]``, or on the last rank latents ``[S, C, F, h, w]``; each in the place of
         its step."""
         model, each = self.world.transformer, self.settings.rows
+        if not due:  # fewer blocks than ranks: a message comes all the same
+            return torch.zeros(self._back if self.share.last else self._hidden)
         views = [view for d in due for view in self.lanes[d.cell.reads]]
         told = [d.making.rows(d.cell, each) for d in due]
         latents, levels = (torch.cat(part) for part in zip(*told, strict=True))

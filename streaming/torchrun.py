@@ -25,7 +25,8 @@ from worldsim.streaming.faults import (
     end_process,
 )
 from worldsim.streaming.launch import PATIENCE, finished, why
-from worldsim.streaming.ranks import Rank, Run
+from worldsim.streaming.leader import Run
+from worldsim.streaming.ranks import Rank
 
 PREFIX = "worldsim/"
 LOOK = 0.5  # seconds between two looks at the others
@@ -51,6 +52,9 @@ class Prefixed:
     def check(self, keys: list[str]) -> bool:
         return self._store.check([self._prefix + key for key in keys])
 
+    def delete_key(self, key: str) -> bool:
+        return self._store.delete_key(self._prefix + key)
+
     def first(self, key: str) -> bool:
         """Whether nobody else has asked this before."""
         return self._store.add(self._prefix + key, 1) == 1
@@ -74,7 +78,9 @@ def joined(run: Run, shares: list[Share]) -> Iterator[Block]:
     ).start()
     try:
         rank = Rank(run, share, store, beat)
-        yield from finished(rank)
+        for order, block in finished(rank):
+            if block is not None and not order.again:
+                yield block
     except PeerLost as error:
         beat.fail(store, f"lost touch ({error})", peer=True)
         raise _told(_culprit(watch, share), store) from None

@@ -27,7 +27,7 @@ from worldsim.state import Block
 from worldsim.streaming import faults, launch
 from worldsim.streaming.faults import RankFailed, Watch
 from worldsim.streaming.launch import Ranks
-from worldsim.streaming.ranks import Run
+from worldsim.streaming.leader import Run
 from worldsim.streaming.sinks import open_sink
 from worldsim.streaming.video_sinks import kept_pictures
 from worldsim.world import World
@@ -331,6 +331,26 @@ def test_torchrun_starts_it_as_well(world_folder: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, told
     alone.communicate(timeout=60)
     assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "steps"), [("tpp", "2"), ("hiar", "2"), ("ring", "1")])
+def test_ranks_record_what_one_rank_does(
+    world_folder: Path, tmp_path: Path, name: str, steps: str
+) -> None:
+    recorded = [tmp_path / "one.wsrun", tmp_path / "two.wsrun"]
+    prompts = ("--prompt", "red brick[0.5s] | night[0.5s#] | blue tiles")
+    for ranks, path in enumerate(recorded, 1):
+        process = streaming(
+            world_folder, tmp_path / f"{ranks}.mp4", "--schedule", name, "--steps", steps,
+            "--seconds", "1.5", "--ranks", str(ranks), "--record", str(path), *prompts,
+        )  # fmt: skip
+        assert process.wait(60) == 0, process.stderr and process.stderr.read()
+    one, two = (path.read_bytes() for path in recorded)
+    assert one == two and b'"event": "cut"' in one and one.count(b'"hash"') == 7
+    replay = [str(WORLDSIM), "replay", str(recorded[1]), "--verify"]
+    told = subprocess.run(replay, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0, told.stderr
+    assert "all as recorded, bit for bit" in " ".join(told.stderr.split())
 
 
 def test_a_video_goes_on_after_its_first_pictures(tmp_path: Path) -> None:

@@ -1,20 +1,33 @@
 """Runs over ranks: what each schedule makes there is what its serial form makes, bit for bit."""
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import HashStore
 
 from worldsim.apps.opening import open_share
 from worldsim.maze.recipe import TINY
+from worldsim.replay import Replay, read_run
 from worldsim.share import shares
 from worldsim.state import Block
-from worldsim.streaming.kept import gathered
+from worldsim.streaming import words
+from worldsim.streaming.kept import (
+    DECODER,
+    file_of,
+    forget,
+    forget_decoder,
+    gathered,
+    states,
+)
 from worldsim.streaming.launch import Ranks
-from worldsim.streaming.ranks import Run
+from worldsim.streaming.leader import Run
 from worldsim.wavefront import spread
 from worldsim.world import World
 
@@ -115,10 +128,6 @@ def test_a_run_goes_on_from_its_saved_state(
     assert [block.index for block in made] == [2, 3, 4, 5]
     for mine, theirs in zip(made, expected[2:], strict=True):
         assert torch.equal(mine.latents, theirs.latents) and (mine.frames == theirs.frames).all()
-    if name == "ring":  # whose ranks have some layers each
-        with pytest.raises(ValueError, match="is of a ring, whose ranks have some of the layers"):
-            gathered(world, state)
-        return
     with gathered(world, state) as session:  # and one process can do it as well
         assert (session.block, session.decoded) == (2, 2)
         script = world.script(PROMPTS, SCRIPT)
@@ -126,13 +135,165 @@ def test_a_run_goes_on_from_its_saved_state(
             block = session.decode(session.denoise(session.follow(script)))
             assert torch.equal(block.latents, theirs.latents)
             assert (block.frames == theirs.frames).all()
+            if session.block == 4:  # and any number of ranks what one process has saved
+                session.save(serial_state := tmp_path / "serial.safetensors")
+    for again_over in (1, 2, 3):
+        resume, mark = str(serial_state), world.fingerprint
+        with opened(
+            folder, world, name, 3, again_over, resume=resume, fingerprint=mark
+        ) as spread_out:
+            for mine, theirs in zip(spread_out.blocks(), expected[4:], strict=True):
+                assert torch.equal(mine.latents, theirs.latents), (again_over, mine.index)
+                assert (mine.frames == theirs.frames).all()
+    with (
+        opened(folder, world, name, 3, 2, resume=resume, fingerprint="another") as other,
+        pytest.raises(ValueError, match="with other weights"),
+    ):
+        list(other.blocks())
     promised = dict(world.pool_of(session.settings.size)._promised)
-    (tmp_path / "block-000002" / "rank-1.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks the state of some ranks"):
+    next(Path(state).glob("rank-1*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"lacks the state of some ranks|do not belong together"):
         gathered(world, state)
     assert world.pool_of(session.settings.size)._promised == promised, "no page stays promised"
     with pytest.raises(ValueError, match="holds no complete state"):
         gathered(world, str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("tpp", 2), ("tpp", 4), ("hiar", 2), ("ring", 3)])
+def test_a_live_run_goes_back_as_a_session_does(
+    folder: str, world: World, tmp_path: Path, name: str, ranks: int
+) -> None:
+    recorded, here = tmp_path / "live.wsrun", tmp_path / "here"
+    told = {"prompt": "red brick", "controls": None, "scripted": False, "blocks": None}
+    told |= {"snapshots": 2, "record": str(recorded), "fingerprint": world.fingerprint}
+    with opened(folder, world, name, 3, ranks, **told) as live:
+        made = list(islice(live.blocks(), 3))
+        live.tell("control", buttons=["KeyW"], prompt="night")
+        came(live, made, lambda block: block.applied.prompt == "night")
+        came(live, made, lambda block: block.index == 14)
+        with pytest.raises(ValueError, match="cannot go back to block 99: the newest is 14"):
+            live.rewind(99)
+        live.rewind(11)  # from block 8 on
+        live.tell("control", buttons=["KeyA"])
+        live.tell("cut")
+        came(live, made, lambda block: block.index == 11, lambda block: block.applied.cut)
+        live.rewind(1)  # from the beginning, under its prompt
+        live.tell("control", buttons=["KeyS"])
+        came(
+            live, made, lambda block: block.index == 1,
+            lambda block: "KeyS" in block.applied.keys[-1],
+        )  # fmt: skip
+        kept = live.snapshot(here)
+        came(live, made, lambda _: kept.done())
+        made += islice(live.blocks(), 2)
+    heard = deque([
+        (lambda block: block.applied.prompt == "night", {"buttons": ["KeyW"], "prompt": "night"}),
+        (lambda block: "KeyA" in block.applied.keys[-1], {"buttons": ["KeyA"]}),
+        (lambda block: block.applied.cut, None),
+        (lambda block: "KeyS" in block.applied.keys[-1], {"buttons": ["KeyS"]}),
+    ])  # fmt: skip
+    with world.session("red brick", 3, 3, CACHE, name, history=2**26) as serial_session:
+        for block in made:
+            if block.index != serial_session.block:
+                serial_session.rewind(block.index)
+            while heard and heard[0][0](block):
+                control = heard.popleft()[1]
+                serial_session.cut() if control is None else serial_session.control(**control)
+            theirs = serial_session.step()
+            assert torch.equal(block.latents, theirs.latents), block.index
+            assert (block.frames == theirs.frames).all() and block.applied == theirs.applied
+    assert not heard and kept.result() == here
+    with gathered(world, here) as session:
+        (theirs,) = (block for block in made[-5:] if block.index == session.block)
+        again = session.step()
+        assert torch.equal(again.latents, theirs.latents) and again.applied == theirs.applied
+    run = read_run(recorded)
+    assert [line["rewind"] for line in run.lines if "rewind" in line] == [11, 1]
+    assert len(list(Replay(world, run))) >= len(made)
+
+
+def came(live: Ranks, made: list[Block], *wanted: Callable[[Block], bool]) -> None:
+    """Take blocks until there was such a one, and such a one, …"""
+    left = list(wanted)
+    for block in islice(live.blocks(), 200):
+        made.append(block)
+        left = [is_one for is_one in left if not is_one(block)]
+        if not left:
+            return
+    raise AssertionError("it did not come")
+
+
+def test_a_snapshot_that_never_comes_says_so(folder: str, world: World, tmp_path: Path) -> None:
+    with (
+        opened(folder, world, "tpp", 2, 2, blocks=2) as scripted,
+        pytest.raises(ValueError, match="only where it has saves="),
+    ):
+        scripted.snapshot(tmp_path / "none")
+    with opened(folder, world, "tpp", 2, 2, blocks=2, scripted=False) as ranks:
+        next(ranks.blocks())
+        ranks.stop()
+        kept = ranks.snapshot(tmp_path / "late")
+        list(ranks.blocks())
+    with pytest.raises(ValueError, match="has ended before its state was written"):
+        kept.result(0)
+
+
+def test_states_of_blocks_that_are_made_anew_are_dropped(tmp_path: Path) -> None:
+    folders = [tmp_path / f"block-{block:06d}" for block in (8, 12)]
+    for folder in folders:
+        folder.mkdir()
+        for rank, lane in ((1, None), (10, None), (1, 2), (1, 0)):
+            file_of(folder, rank, lane).touch()
+        (folder / DECODER).touch()
+    assert [block for block, _ in states(tmp_path, 5)] == [12, 8]
+    forget(str(tmp_path), 8, 1)
+    forget(str(tmp_path), 8, 1, 2)
+    assert [block for block, _ in states(tmp_path, 5)] == [8], "what others have yet to drop"
+    left = sorted(path.name for path in folders[1].iterdir())
+    assert left == [DECODER, "rank-1-0.safetensors", "rank-10.safetensors"]
+    forget_decoder(str(tmp_path), 8)
+    forget_decoder(None, 8)
+    assert not (folders[1] / DECODER).exists() and (folders[0] / DECODER).exists()
+
+
+def test_prompts_are_let_go_of_when_every_rank_has_heard_them(world: World) -> None:
+    store, most = HashStore(), words.KEPT
+    assert world.text_encoder is not None
+    telling = words.Telling(world.text_encoder, store, 3)
+    prompts = ["night " + "red " * n for n in range(3 * most)]
+
+    def there() -> list[int]:
+        return [n for n, prompt in enumerate(prompts) if store.check([f"words/{prompt}"])]
+
+    for epoch, prompt in enumerate(prompts[:-1]):
+        telling.hold([prompt], epoch)
+        words.hear(store, 2, epoch)
+    assert len(there()) == 3 * most - 1, "rank 1 has heard none of them"
+    words.hear(store, 1, most)
+    telling.hold(prompts[-1:], len(prompts))
+    assert there() == list(range(most + 1, 3 * most))
+    words.hear(store, 1, len(prompts))
+    words.hear(store, 2, len(prompts))
+    telling.hold(prompts[:1], len(prompts) + 1)  # heard of once more
+    assert there() == [0, *range(2 * most + 1, 3 * most)]
+    told = words.Told(world, store)
+    assert torch.equal(told.encode(prompts[0]), world.text_encoder.encode(prompts[0]))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("tpp", 3), ("ring", 2)])
+def test_a_run_of_many_prompts_keeps_few(folder: str, world: World, name: str, ranks: int) -> None:
+    prompts = ["night" + " red" * n for n in range(3 * words.KEPT)]
+    told = {"prompt": "red brick", "scripted": False, "blocks": None}
+    with opened(folder, world, name, 2, ranks, **told) as live:
+        made = [next(live.blocks())]
+        for prompt in prompts:
+            live.tell("control", prompt=prompt)
+            came(live, made, lambda block, prompt=prompt: block.applied.prompt == prompt)
+        live.rewind(1)  # under a prompt that is not there any more
+        came(live, made, lambda block: block.index == 1)
+        came(live, made, lambda block: block.index == 4)
+        there = [prompt for prompt in prompts if live._store.check([f"words/{prompt}"])]
+    assert made[-1].applied.prompt == "red brick" and len(there) <= words.KEPT
 
 
 def latents(made: list[Block], expected: list[Block]) -> tuple[list[Tensor], list[Tensor]]:

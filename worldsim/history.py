@@ -17,6 +17,11 @@ class History:
         self.most = most
         self._kept: list[Snapshot] = []
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Right before which of them there is one."""
+        return tuple(snapshot.block for snapshot in self._kept)
+
     def wants(self, block: int) -> bool:
         """Whether a snapshot before this block is to be added."""
         return self.most > 0 and block >= self._kept[-1].block + STRIDE

@@ -1,19 +1,11 @@
-"""A run as a file: what was done to a world, block by block, to do it again and to compare.
-
-A ``.wsrun`` is JSON, a line for each thing: first the world, its settings and the prompt; then each
-block with what was changed before it, its controls and a hash of its latents; rewinds, forks and
-pauses where they happened. A line is written when its block is made, so what a killed process
-leaves behind is good up to its last complete block.
-"""
+"""A recorded run (.wsrun, see `worldsim.recorder`): read, made once more, and compared."""
 
 import base64
 import json
-import warnings
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,97 +15,17 @@ from worldsim.cache.context import Event
 from worldsim.config import Settings
 from worldsim.controls import ControlState, Held
 from worldsim.fingerprint import digest_of
-from worldsim.plain import Pack, Unpack
-from worldsim.state import Applied, Asked, Block, Change, Played
+from worldsim.plain import Unpack
+from worldsim.recorder import FORMAT
+from worldsim.state import Applied, Block, Change, Played
 
 if TYPE_CHECKING:
     from worldsim.session import Session
     from worldsim.world import World
 
-FORMAT = 1
 LONGEST = 4 * 2**20  # bytes of a line
 LARGEST = 256 * 2**20  # bytes of a file
 HISTORY = 2**26  # bytes of the snapshots that rewinds start from
-
-
-class Recorder:
-    """Writes the runs of a session and of its forks; made by `Session.record`.
-
-    Attributes:
-        path: the file.
-        error: why nothing is written any more, where that is so.
-    """
-
-    def __init__(self, path: str | Path, session: "Session") -> None:
-        if session.has_own_noise:
-            raise ValueError("a session with noise= of its own cannot be recorded: it is no data")
-        if session.asked.embeds is not None or session.asked.negative is not None:
-            raise ValueError("prompt_embeds cannot be recorded: give the prompt in words")
-        begun = [played for played in session.now.past if played.given is None]
-        if begun or session.now.reach or session.now.changes:
-            raise ValueError("a recording begins with its session: record before the first block")
-        self.path = Path(path)
-        self.error: str | None = None
-        self._branches: WeakKeyDictionary[Session, int] = WeakKeyDictionary({session: 0})
-        self._forks = 0
-        self._file = self.path.open("wb", buffering=0)  # what a full disk refused is not kept
-        world = session.world
-        self._write({
-            "wsrun": FORMAT,
-            "world": world.config.name,
-            "source": world.source,
-            "fingerprint": world.fingerprint,
-            "torch": torch.__version__,
-            "settings": Pack().plain(session.settings),
-            "prompt": session.prompt,
-        })  # fmt: skip
-        for played, block in zip(session.now.past, session.given, strict=True):
-            self.made(session, played, block)
-
-    def made(self, session: "Session", played: Played, block: Block) -> None:
-        """A block has been made."""
-        if played.known is not None or any(_embeds(change) for change in played.changes):
-            return self._stop("known frames and prompt_embeds cannot be recorded")
-        told: dict[str, Any] = {"block": block.index, "hash": digest_of(block.latents)}
-        if played.changes:
-            told["changes"] = list(map(_told, played.changes))
-        told["controls"] = [state.as_dict() for state in played.applied.controls]
-        if played.given is not None:
-            told["given"] = _text(played.given)
-        return self._of(session, told)
-
-    def rewound(self, session: "Session", to_block: int) -> None:
-        self._of(session, {"rewind": to_block})
-
-    def paused(self, session: "Session", paused: bool) -> None:
-        self._of(session, {"pause": session.block} if paused else {"resume": session.block})
-
-    def forked(self, session: "Session", twin: "Session") -> None:
-        self._forks += 1
-        self._branches[twin] = self._forks
-        self._of(session, {"fork": self._branches[twin], "at": session.block})
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _of(self, session: "Session", told: dict[str, Any]) -> None:
-        branch = self._branches[session]
-        self._write({**told, "branch": branch} if branch else told)
-
-    def _write(self, told: Mapping[str, Any]) -> None:
-        if self.error is not None or self._file.closed:
-            return
-        try:
-            line = json.dumps(told).encode() + b"\n"
-            if self._file.write(line) != len(line):
-                self._stop("No space left on device")
-        except OSError as error:
-            self._stop(f"{error.strerror or error}")
-
-    def _stop(self, why: str) -> None:
-        """The session goes on; the file is good up to here."""
-        self.error = f"recording to {self.path} has ended: {why}"
-        warnings.warn(self.error, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -340,18 +252,6 @@ class Replay:
             f"block {line['block']}{branch} differs: {line['hash']} was recorded, {made} is made "
             f"here ({why})"
         )
-
-
-def _embeds(change: Change) -> bool:
-    return isinstance(change, Asked) and change.embeds is not None
-
-
-def _told(change: Change) -> dict[str, str]:
-    return {"prompt": change.prompt} if isinstance(change, Asked) else {"event": change.value}
-
-
-def _text(latents: Tensor) -> str:
-    return base64.b64encode(latents.cpu().contiguous().numpy().tobytes()).decode()
 
 
 def _latents(text: str, shape: tuple[int, ...]) -> Tensor:

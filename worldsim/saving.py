@@ -5,18 +5,22 @@ data. What a world knows anyway is not in it: weights, and keys and values of wo
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from worldsim.cache.policy import Table
+from worldsim.cache.pool import PageKind
 from worldsim.config import Settings
 from worldsim.plain import Pack, Unpack
-from worldsim.state import Asked, Snapshot
+from worldsim.state import Asked, Decoding, Moment, Snapshot
 
 if TYPE_CHECKING:
     from worldsim.session import Session
@@ -38,7 +42,7 @@ def save(session: "Session", path: str | Path) -> None:
     target, snapshot = Path(path), session.snapshot()
     pool = snapshot.pool
     used = [e.page for rows in snapshot.tables.values() for table in rows for e in table]
-    number = {page: i for i, page in enumerate(sorted(set(used)))}
+    number = {page: i for i, page in enumerate(dict.fromkeys(used))}  # alike on all ranks
     tables = {
         str(lane): [table.moved(number.__getitem__) for table in rows]
         for lane, rows in snapshot.tables.items()
@@ -69,71 +73,111 @@ def save(session: "Session", path: str | Path) -> None:
         part.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds, as values.
+
+    Attributes:
+        world, fingerprint: of which it is.
+        pages: kind and `PagePool.tensors` of each; tables know them by their place here.
+        settings, moment, decoding, tables, newest: see `Snapshot`.
+    """
+
+    world: str
+    fingerprint: str
+    settings: Settings
+    moment: Moment
+    decoding: Decoding
+    pages: tuple[tuple[PageKind, tuple[Tensor, ...]], ...]
+    tables: Mapping[int, tuple[Table, ...]]
+    newest: Mapping[int, tuple[int | None, ...]]
+
+
 def load(
-    world: "World",
-    path: str | Path,
-    open_session: Callable[[Settings, Asked], "Session"],
-    whole: bool = True,
+    world: "World", path: str | Path, open_session: Callable[[Settings, Asked], "Session"]
 ) -> "Session":
     """A session that goes on where a saved one stood.
-
-    ``whole``: False where it was saved by a rank that had a share of the world only, which has
-    another fingerprint.
 
     Raises:
         ValueError: for a file that is none, is damaged, or is of another world.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {}).get(HEADER, "null"))
-            if not isinstance(told, dict) or told.get("format") != FORMAT:
-                raise ValueError(f"{path} holds no session that this version reads")
-            _check(world, told, path, whole)
-            tensors = {
-                name: file.get_tensor(name).to(world.device)
-                for name in file.keys()  # noqa: SIM118  # it is no dict
-            }
-        return _opened(Unpack(world, tensors), told, open_session)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except (SafetensorError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or no session: {error!r}") from None
-
-
-def _check(world: "World", told: dict[str, Any], path: str | Path, whole: bool) -> None:
-    dtype, own = told["settings"]["fields"]["dtype"], str(world.dtype).removeprefix("torch.")
-    if dtype != own:
-        raise ValueError(f"{path} was saved in {dtype}: load the world in it, not in {own}")
-    if whole and told["fingerprint"] != world.fingerprint:
+    saved = read(world, path)
+    if saved.fingerprint != world.fingerprint:
         raise ValueError(
-            f"{path} is of a world {told['world']!r} with other weights or another world.json than "
+            f"{path} is of a world {saved.world!r} with other weights or another world.json than "
             f"{world.config.name!r} here"
+        )
+    return opened(saved, open_session, path)
+
+
+def read(world: "World", path: str | Path) -> Saved:
+    """What a file holds; the world's dtype is checked, and not its weights.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    with _told(path), safe_open(path, "pt") as file:
+        told = json.loads((file.metadata() or {}).get(HEADER, "null"))
+        if not isinstance(told, dict) or told.get("format") != FORMAT:
+            raise ValueError(f"{path} holds no session that this version reads")
+        dtype, own = told["settings"]["fields"]["dtype"], str(world.dtype).removeprefix("torch.")
+        if dtype != own:
+            raise ValueError(f"{path} was saved in {dtype}: load the world in it, not in {own}")
+        tensors = {
+            name: file.get_tensor(name).to(world.device)
+            for name in file.keys()  # noqa: SIM118  # it is no dict
+        }
+        unpack = Unpack(world, tensors)
+        unpack.settings = unpack.read(told["settings"])
+        return Saved(
+            told["world"],
+            told["fingerprint"],
+            unpack.settings,
+            unpack.read(told["moment"]),
+            unpack.read(told["decoding"]),
+            unpack.read(told["pages"]),
+            {int(lane): unpack.read(rows) for lane, rows in told["tables"].items()},
+            {int(lane): tuple(rows) for lane, rows in told["newest"].items()},
         )
 
 
 @torch.inference_mode()  # pages that others grew in it may be written only in it
-def _opened(
-    unpack: Unpack, told: dict[str, Any], open_session: Callable[[Settings, Asked], "Session"]
+def opened(
+    saved: Saved, open_session: Callable[[Settings, Asked], "Session"], path: str | Path
 ) -> "Session":
-    settings = unpack.settings = unpack.read(told["settings"])
-    moment = unpack.read(told["moment"])
-    session = open_session(settings, moment.asked)
-    pool, pages = session.context.pool, list[int]()
+    """A session that goes on from there.
+
+    Raises:
+        ValueError: where it does not fit the session; ``path`` says whose fault that is.
+    """
+    with _told(path):
+        session = open_session(saved.settings, saved.moment.asked)
+        pool, pages = session.context.pool, list[int]()
+        try:
+            for kind, tensors in saved.pages:
+                pages.append(pool.acquire(kind))
+                pool.adopt(pages[-1], tensors)
+            tables = {
+                lane: tuple(table.moved(pages.__getitem__) for table in rows)
+                for lane, rows in saved.tables.items()
+            }
+            whole = saved.settings, saved.moment, saved.decoding, tables, saved.newest, pool
+            session.restore(Snapshot(*whole))
+        except BaseException:
+            session.close()
+            raise
+        finally:
+            for page in pages:
+                pool.release(page)  # the session and its snapshot hold them now
+        return session
+
+
+@contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    """Say in one line what is wrong with a file."""
     try:
-        for kind, tensors in unpack.read(told["pages"]):
-            pages.append(pool.acquire(kind))
-            pool.adopt(pages[-1], tensors)
-        tables = {
-            int(lane): tuple(table.moved(pages.__getitem__) for table in unpack.read(rows))
-            for lane, rows in told["tables"].items()
-        }
-        newest = {int(lane): tuple(rows) for lane, rows in told["newest"].items()}
-        decoding = unpack.read(told["decoding"])
-        session.restore(Snapshot(settings, moment, decoding, tables, newest, pool))
-    except BaseException:
-        session.close()
-        raise
-    finally:
-        for page in pages:
-            pool.release(page)  # the session and its snapshot hold them now
-    return session
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except (SafetensorError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or no session: {error!r}") from None

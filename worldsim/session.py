@@ -26,7 +26,7 @@ from worldsim.script import Script
 from worldsim.state import Asked, Block, Change, Decoding, Made, Played, Snapshot
 
 if TYPE_CHECKING:
-    from worldsim.replay import Recorder
+    from worldsim.recorder import Recorder
     from worldsim.world import World
 
 
@@ -348,7 +348,7 @@ class Session(Maker):
                 can hold.
             OSError: where it cannot be written.
         """
-        from worldsim.replay import Recorder
+        from worldsim.recorder import Recorder
 
         self.recorder = Recorder(path, self)
         return self.recorder
@@ -357,6 +357,11 @@ class Session(Maker):
     def has_own_noise(self) -> bool:
         """Whether its noise comes from the caller, not from the seed."""
         return self._noise is not None
+
+    def remember(self, most: int) -> None:
+        """Keep so many snapshots to rewind to, whatever they take; before its first block."""
+        self.history, self._lanes.snapshots = History(most), most
+        self.history.add(self._capture())
 
     # --- memory, and the end ------------------------------------------------------------------
     def memory_report(self) -> MemoryReport:
