@@ -99,9 +99,8 @@ class Player(Seat):
         with self._lock:
             redo = self._ready is not None and self._to_be_redone()
             start = NEVER if self._ready is not None else self._start()
-        if redo:
-            self._withdraw()
-            self.counts.redone += 1
+        redo = redo and self._withdraw()  # it may have left just now
+        self.counts.redone += redo
         if self._before is None:
             self._before = self.course.session.snapshot()
         if redo or start <= self.clock():
@@ -181,12 +180,12 @@ class Player(Seat):
             if self._to_be_redone() or self._leaving:
                 raise Superseded
 
-    def _withdraw(self) -> None:
-        """Take back the block that is ready and not shown. One of a replay stays: it would be the
-        same."""
+    def _withdraw(self) -> bool:
+        """Take back the block that is ready and not shown, if there is one. One of a replay stays:
+        it would be the same."""
         with self._lock:
             if self.course.replaying or self._ready is None:
-                return
+                return False
             ready, self._ready = self._ready, None
             self._heard = [*ready.heeded, *self._heard]
             self._allowed = self.clock()
@@ -194,6 +193,7 @@ class Player(Seat):
         self._number = ready.number
         self.course.session.restore(self._before)
         self._look_around()
+        return True
 
     def _settle(self) -> None:
         """After a block is shown: record it, and get ready for the next while nobody waits."""

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -319,17 +320,23 @@ def test_a_killed_rank_under_the_command(world_folder: Path, tmp_path: Path) -> 
     assert not out.with_name(f".{out.name}.before").exists()
 
 
-def test_torchrun_starts_it_as_well(world_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_starts_it_as_well(world_folder: Path, tmp_path: Path, nodes: int) -> None:
+    """Two ranks: of one agent, or of two that meet as those of two machines do."""
     out, whole = tmp_path / "walk.mp4", tmp_path / "whole.mp4"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
     torchrun = (
-        str(Path(sys.executable).with_name("torchrun")), "--no-python", "--nproc-per-node", "2",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        str(Path(sys.executable).with_name("torchrun")), "--no-python", "--nnodes", str(nodes),
+        "--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", meet,
+        "--local-addr", "127.0.0.1",
     )  # fmt: skip
-    process = streaming(world_folder, out, "--seconds", "1", before=torchrun)
+    agents = [streaming(world_folder, out, "--seconds", "1", before=torchrun) for _ in range(nodes)]
     alone = streaming(world_folder, whole, "--seconds", "1")
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 0, told
-    alone.communicate(timeout=60)
+    for process in (*agents, alone):
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 0, told
     assert out.read_bytes() == whole.read_bytes()
 
 

@@ -124,6 +124,7 @@ def test_walk_look_prompt_and_rewind(visiting: Visit) -> None:
     page.screenshot(path=SHOTS / "prompt.png")
 
     # Back to the start: the picture of then comes again.
+    page.evaluate("worldsim.log = []")
     page.click(".play")
     page.wait_for_selector('.badge[data-state="paused"]')
     block = page.evaluate("worldsim.block")
@@ -135,6 +136,8 @@ def test_walk_look_prompt_and_rewind(visiting: Visit) -> None:
     page.click(".play")
     page.wait_for_selector(LIVE)
     page.wait_for_timeout(400)
+    runs = page.evaluate("worldsim.log.map(painted => painted.run)")
+    assert runs == sorted(runs) and runs[-1] >= 2, "a picture of an old run was painted"
     assert page.evaluate("worldsim.block") < block
     assert page.input_value("#ws-prompt") != "night, sand floor, stone walls"
 

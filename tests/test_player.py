@@ -278,6 +278,30 @@ def test_a_newer_control_makes_a_waiting_block_anew(seat: Seat, world: World) ->
     assert numbers == sorted(set(numbers)), "a picture that was never sent has no number"
 
 
+def test_a_block_that_leaves_just_then_is_not_made_anew(seat: Seat, world: World) -> None:
+    player, clock = seat()
+    shown = play(player, clock, 2)
+    hasty(player, clock)
+    player.turn()
+    player.control(ControlState(LEFT, event_id=2))
+    withdraw = player._withdraw
+
+    def leaving() -> bool:
+        taken = player.take(clock())
+        assert taken is not None
+        shown.append(taken[0])
+        return withdraw()
+
+    player._withdraw = leaving  # type: ignore[method-assign]
+    player.turn()
+    player._withdraw = withdraw  # type: ignore[method-assign]
+    work(player, clock)
+    assert player.counts.redone == 0 and player.waiting() is None, "made before it was seen"
+    see(player, shown[-1], clock)
+    shown += play(player, clock, 1)
+    assert pixels(shown) == walked(world, [frozenset()] * 3 + [LEFT])
+
+
 def test_a_newer_control_stops_a_block_half_made(seat: Seat, world: World) -> None:
     player, clock = seat()
     shown = play(player, clock, 2)
