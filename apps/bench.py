@@ -54,7 +54,9 @@ def run(options: BenchOptions) -> None:
     if options.json is not None:
         check_writable(options.json)
     setting = options.setting
-    world = open_world(setting.world, setting.dtype, options.device, options.threads)
+    world = open_world(
+        setting.world, setting.dtype, options.device, options.threads, setting.preset
+    )
     figures = measure(world, options)
     print_table(
         "ms per block; roofline: its products and attention alone",

@@ -21,6 +21,10 @@ Steps = Annotated[int | None, STEPS]
 Cache = Annotated[str | None, CACHE]
 Schedule = Annotated[str | None, SCHEDULE]
 Dtype = Annotated[str, DTYPE]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="How a folder is run that does not say so: self-forcing, longlive, …"),
+]
 Prompt = Annotated[
     str | None, typer.Option(help="Plain words; over time: 'red brick[4s] | night[4s]'.")
 ]

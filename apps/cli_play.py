@@ -8,6 +8,7 @@ from worldsim.apps.cli_options import (
     Cache,
     Device,
     Dtype,
+    Preset,
     Schedule,
     Seed,
     Steps,
@@ -51,6 +52,7 @@ def play(
     steps: Steps = None,
     cache: Cache = None,
     schedule: Schedule = None,
+    preset: Preset = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -65,7 +67,7 @@ def play(
 
     run(
         PlayOptions(
-            Setting(world, steps, cache, schedule, dtype), host, port, auth, token,
+            Setting(world, steps, cache, schedule, dtype, preset), host, port, auth, token,
             tuple(allow_origin or ()), root_path, max_sessions, idle_minutes, device, threads, seed,
             not no_late_latching,
         )

@@ -11,6 +11,7 @@ from worldsim.apps.cli_options import (
     Controls,
     Device,
     Dtype,
+    Preset,
     Prompt,
     Scale,
     Schedule,
@@ -51,6 +52,7 @@ def stream(
     steps: Steps = None,
     cache: Cache = None,
     schedule: Schedule = None,
+    preset: Preset = None,
     fps: Annotated[
         float | None, typer.Option(help="Playing speed; default: the world's own.")
     ] = None,
@@ -87,8 +89,8 @@ def stream(
 
     run(
         StreamOptions(
-            out, Setting(world, steps, cache, schedule, dtype), prompt, controls, seconds, seed,
-            fps, scale, device, threads, profile, image, guidance, negative_prompt,
+            out, Setting(world, steps, cache, schedule, dtype, preset), prompt, controls, seconds,
+            seed, fps, scale, device, threads, profile, image, guidance, negative_prompt,
             compile=compile, record=record, ranks=ranks,
             save_every=save_every, resume=resume,
         )
@@ -112,6 +114,7 @@ def replay(
     world: Annotated[
         str | None, typer.Option(help="Where the world is; default: as it was recorded.")
     ] = None,
+    preset: Preset = None,
     scale: Scale = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -120,7 +123,7 @@ def replay(
     with loading():
         from worldsim.apps.replay import ReplayOptions, run_again
 
-    run_again(ReplayOptions(run, verify, out, branch, world, scale, device, threads))
+    run_again(ReplayOptions(run, verify, out, branch, world, scale, device, threads, preset))
 
 
 @app.command(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from worldsim.apps.cli_options import Cache, Device, Dtype, Json, Seed
+from worldsim.apps.cli_options import Cache, Device, Dtype, Json, Preset, Seed
 from worldsim.apps.loading import loading
 
 app = typer.Typer()
@@ -76,9 +76,7 @@ def doctor(
     width: Annotated[int | None, typer.Option(help="Picture width; default: its own.")] = None,
     cache: Cache = None,
     dtype: Dtype = "auto",
-    preset: Annotated[
-        str | None, typer.Option(help="How it is run, where it does not say: self-forcing, …")
-    ] = None,
+    preset: Preset = None,
     base: Annotated[
         str | None,
         typer.Option(help="Of a generator's file: Wan2.1 folder or hub id, as in convert."),

@@ -129,14 +129,15 @@ def _open(settings: Sequence[Setting], options: CompareOptions) -> list[World]:
     Raises:
         ValueError: for what cannot be loaded, and for two that cannot be laid side by side.
     """
-    opened: dict[tuple[str, str], World] = {}
+    opened: dict[tuple[str, str, str | None], World] = {}
     threads = options.threads
     for setting in settings:
-        key = (setting.world, setting.dtype)
+        key = (setting.world, setting.dtype, setting.preset)
         if key not in opened:
-            opened[key] = open_world(*key, options.device, threads)
+            name, dtype, preset = key
+            opened[key] = open_world(name, dtype, options.device, threads, preset)
             threads = torch.get_num_threads()  # the second one computes with as many
-    a, b = (opened[setting.world, setting.dtype] for setting in settings)
+    a, b = (opened[each.world, each.dtype, each.preset] for each in settings)
     for what, ours, theirs in (
         ("size", f"{a.config.width}×{a.config.height}", f"{b.config.width}×{b.config.height}"),
         ("speed", f"{a.config.fps:g} fps", f"{b.config.fps:g} fps"),

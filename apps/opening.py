@@ -10,7 +10,9 @@ MADE = ("medium", "tiny")  # worlds that are made, not loaded: see `worldsim.app
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open_world(name: str, dtype: str, device: str, threads: int | None) -> World:
+def open_world(
+    name: str, dtype: str, device: str, threads: int | None, preset: str | None = None
+) -> World:
     """Load a world in a dtype, on a device, with a number of threads, or make it here.
 
     Raises:
@@ -28,7 +30,7 @@ def open_world(name: str, dtype: str, device: str, threads: int | None) -> World
         from worldsim.apps import medium
 
         return medium.random_world(medium.MADE[name], kind, device)
-    return World.from_pretrained(name, kind, device)
+    return World.from_pretrained(name, kind, device, preset)
 
 
 def shown_scale(world: World) -> int:

@@ -120,7 +120,9 @@ def playable(options: PlayOptions) -> World:
         ValueError: for a world or a setting that cannot be played.
     """
     setting = options.setting
-    world = open_world(setting.world, setting.dtype, options.device, options.threads)
+    world = open_world(
+        setting.world, setting.dtype, options.device, options.threads, setting.preset
+    )
     if world.autoencoder is None:
         raise ValueError(
             f"{setting.world} has no decoder, so there is nothing to see: convert it with --base"

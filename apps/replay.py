@@ -25,6 +25,7 @@ class ReplayOptions:
     scale: int
     device: str
     threads: int | None
+    preset: str | None = None
 
 
 def run_again(options: ReplayOptions) -> None:
@@ -38,7 +39,9 @@ def run_again(options: ReplayOptions) -> None:
     run = read_run(options.run)
     if run.dtype not in DTYPES:
         raise ValueError(f"{options.run} does not say in which dtype it was made: it is damaged")
-    world = open_world(_source(run, options), run.dtype, options.device, options.threads)
+    world = open_world(
+        _source(run, options), run.dtype, options.device, options.threads, options.preset
+    )
     replay = Replay(world, run, options.verify)
     for difference in replay.told:
         console.print(f"worldsim: {difference}")

@@ -24,6 +24,7 @@ class Setting:
         cache: what the context keeps, see `worldsim.cache.config.CacheConfig.parse`.
         schedule: sampler and step list, see `worldsim.config.WorldConfig.sampling`.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        preset: how a folder is run that does not say so, see `worldsim.presets`.
     """
 
     world: str = "maze"
@@ -31,6 +32,7 @@ class Setting:
     cache: str | None = None
     schedule: str | None = None
     dtype: str = "auto"
+    preset: str | None = None
 
     @classmethod
     def parse(cls, line: str) -> "Setting":

@@ -144,7 +144,9 @@ def _opened(options: StreamOptions, ranks: int) -> World:
     """The world; where ranks have its weights, without them."""
     setting = options.setting
     if ranks == 1:
-        world = open_world(setting.world, setting.dtype, options.device, options.threads)
+        world = open_world(
+            setting.world, setting.dtype, options.device, options.threads, setting.preset
+        )
     else:
         world = stream_ranks.outline(options)
     if world.autoencoder is None:

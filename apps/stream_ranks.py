@@ -49,7 +49,7 @@ def outline(options: "StreamOptions") -> World:
         from worldsim.apps import medium
 
         return medium.random_world(medium.MADE[setting.world], dtype, "cpu")
-    return world_of_folder(locate(setting.world), dtype)
+    return world_of_folder(locate(setting.world), dtype, setting.preset)
 
 
 def planned(
@@ -82,7 +82,8 @@ def planned(
     if ranks > there and under_torchrun() is None:
         raise ValueError(f"{ranks} ranks want as many GPUs, and there are {there}")
     run = Run(
-        partial(open_share, setting.world, setting.dtype, options.device, None), ranks, told,
+        partial(open_share, setting.world, setting.dtype, options.device, setting.preset),
+        ranks, told,
         options.prompt, options.controls, blocks=blocks,
         backend=GLOO if options.device == "cpu" else NCCL,
         saves=str(saves_of(options.out)) if options.save_every else None,
@@ -98,7 +99,8 @@ def fingerprint(options: "StreamOptions", dtype: torch.dtype) -> str:
     """Of the whole world, for its recording: it is read once into the computer's memory, and
     dropped."""
     kind = str(dtype).removeprefix("torch.")
-    return open_world(options.setting.world, kind, "cpu", options.threads).fingerprint
+    setting = options.setting
+    return open_world(setting.world, kind, "cpu", options.threads, setting.preset).fingerprint
 
 
 def saves_of(out: str) -> Path:

@@ -44,7 +44,8 @@ class PromptEncoder(nn.Module):
         Warns of a prompt that is too long, and cuts it.
         """
         text = cleaned(prompt)
-        if (tokens := len(self.tokenizer(text).input_ids)) > self.length:
+        # Not verbose: its own warning is of another limit.
+        if (tokens := len(self.tokenizer(text, verbose=False).input_ids)) > self.length:
             warnings.warn(
                 f"the prompt has {tokens} tokens; what comes after {self.length} is cut off",
                 stacklevel=3,

@@ -154,6 +154,17 @@ def test_a_plain_diffusers_folder_takes_a_preset(folder: Path, tmp_path: Path) -
         World.from_pretrained(tmp_path / "plain", preset="sora")
 
 
+def test_a_preset_from_the_command_line(folder: Path, tmp_path: Path) -> None:
+    stream = ("stream", tmp_path / "walk.gif", "--prompt", "a red maze", "--seconds", 0.5)
+    done = worldsim(*stream, "--world", folder, "--preset", "longlive")
+    assert done.returncode == 0 and "wins over longlive: cache=window=21 (not" in done.stderr
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain)
+    (plain / "world.json").unlink()
+    done = worldsim(*stream, "--world", plain, "--preset", "sora")
+    assert done.returncode == 2 and "unknown preset 'sora': choose self-forcing" in done.stderr
+
+
 def test_a_worlds_own_settings_win_over_a_preset(folder: Path) -> None:
     with pytest.warns(UserWarning, match=r"wins over longlive: .*cache=window=21 \(not"):
         world = World.from_pretrained(folder, torch.float32, preset="longlive")

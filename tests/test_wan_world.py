@@ -231,7 +231,16 @@ def test_a_guided_session_forks_and_keeps_its_promise(world: World, embeds: Tens
         ({"negative_prompt": "blur"}, "does nothing without guidance"),
         ({"given": torch.zeros(1, 4, 3, 8, 12)}, "given latents must be"),
         ({"given": torch.zeros(3, 8, 12)}, "given latents must be"),
+        ({"given": torch.zeros(1, 16, 0, 8, 12)}, "given latents must be"),
+        ({"given": [1]}, "given must be a tensor of floating-point numbers, got list"),
+        ({"given": torch.full((1, 16, 3, 8, 12), torch.nan)}, "given holds numbers that are not"),
+        ({"prompt_embeds": torch.zeros(1, 0, 32)}, r"must be \[1, T, 32\]"),
+        ({"prompt_embeds": torch.full((1, 3, 32), torch.inf)}, "prompt_embeds holds numbers"),
+        ({"prompt_embeds": torch.zeros(1, 3, 32, dtype=torch.int64)}, "got torch.int64"),
         ({"noise": lambda *_: torch.zeros(1)}, "noise must be"),
+        ({"noise": lambda *_: None}, r"noise\(0, 0, …\) must be a tensor .* got NoneType"),
+        ({"noise": lambda *at: torch.full(at[2], torch.nan)}, r"noise\(0, 0, …\) holds numbers"),
+        ({"height": 0}, "must be 1 pixel or more"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(

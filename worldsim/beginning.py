@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from worldsim.bundle import check_numbers
 from worldsim.config import Settings
 from worldsim.pictures import read_pictures
 from worldsim.wanted import Wanted
@@ -29,7 +30,8 @@ def given_latents(
         return world.encoded(read_pictures(pictures, size))
     if given is None:
         return None
-    if given.ndim != 5:
+    check_numbers("given", given)
+    if given.ndim != 5 or not given.shape[2]:
         raise ValueError(f"given latents must be [1, C, F, h, w], got {list(given.shape)}")
     wanted = world.latents_of(size, given.shape[2])
     if given.shape != wanted:

@@ -2,11 +2,13 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
 CONFIGS = ["world.json", "model_index.json", "*/config.json", "scheduler/*.json"]
 BUNDLED = ("maze", "maze-short")
+COMPUTES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BF16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
 
@@ -16,6 +18,29 @@ def auto_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has = (getattr(torch.cpu, name, bool)() for name in _BF16_CHECKS)
     return torch.bfloat16 if any(has) else torch.float32
+
+
+def check_dtype(name: Any) -> torch.dtype:
+    """A dtype that models compute in.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if name not in COMPUTES:
+        told = ", ".join(str(dtype) for dtype in COMPUTES)
+        raise ValueError(f"torch_dtype must be one of {told}, got {name!r}")
+    return name
+
+
+def check_numbers(what: str, given: Any) -> None:
+    """Raises:
+    ValueError: unless it is a tensor of finite floating-point numbers.
+    """
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        kind = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
+        raise ValueError(f"{what} must be a tensor of floating-point numbers, got {kind}")
+    if not bool(given.isfinite().all()):
+        raise ValueError(f"{what} holds numbers that are not finite")
 
 
 def locate(source: str, only_configs: bool = False) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 from worldsim.actions import ActionSpec
 from worldsim.cache.config import CacheConfig
 from worldsim.lines import read
+from worldsim.models.files import read_config
 from worldsim.samplers import SAMPLERS
 from worldsim.schedule import Schedule
 
@@ -82,8 +83,17 @@ class WorldConfig:
         return (self.height, self.width)
 
     def sized(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """The size that is asked for; None is the world's own."""
-        return (height or self.height, width or self.width)
+        """The size that is asked for; None is the world's own.
+
+        Raises:
+            ValueError: for less than one pixel.
+        """
+        size = (
+            self.height if height is None else height, self.width if width is None else width,
+        )  # fmt: skip
+        if min(size) < 1:
+            raise ValueError(f"a picture must be 1 pixel or more, got height, width = {size}")
+        return size
 
     def schedule(self, steps: int | None = None, sampler: str | None = None) -> Schedule:
         """The world's schedule, or the same with another number of steps or for a sampler."""
@@ -156,8 +166,8 @@ class WorldConfig:
         if not path.is_file():
             raise ValueError(f"{folder} has no {FILE}: it is not a world folder")
         try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            return cls.from_dict(read_config(path))
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
 
     @classmethod

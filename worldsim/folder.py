@@ -17,6 +17,7 @@ import torch
 
 from worldsim.config import FILE, WorldConfig
 from worldsim.models.autoencoder import CausalAutoencoder, Decoder
+from worldsim.models.files import read_config
 from worldsim.models.transformer import CausalWanTransformer3DModel
 from worldsim.models.weights import load_model
 from worldsim.models.words import TextEncoder, WordEncoder
@@ -176,7 +177,7 @@ def config_of(folder: Path, preset: str | None) -> WorldConfig:
     name = preset or DEFAULT_PRESET
     chosen = preset_config(name)
     scheduler = folder / SCHEDULER / "scheduler_config.json"
-    said = json.loads(scheduler.read_text()) if scheduler.is_file() else {}
+    said = read_config(scheduler) if scheduler.is_file() else {}
     shift = float(said.get("flow_shift", said.get("shift", chosen.shift)))
     if preset is not None:  # a scheduler is that of the model before it was made causal
         _tell({"shift": chosen.shift}, {"shift": shift}, f"{name} wins over {scheduler}")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from worldsim.bundle import auto_dtype, check_device, locate
+from worldsim.bundle import auto_dtype, check_device, check_dtype, locate
 from worldsim.config import WorldConfig
 from worldsim.folder import DECODER, TEXT, TRANSFORMER, read_folder, write_folder
 from worldsim.models.attention import NATIVE
@@ -86,9 +86,7 @@ class Loaded:
         if quantization_config is not None:
             check_quantization(quantization_config)  # before anything large is read
         folder = locate(str(source))
-        dtype = auto_dtype(place) if torch_dtype == "auto" else torch_dtype
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"torch_dtype must be a torch dtype or 'auto', got {torch_dtype!r}")
+        dtype = auto_dtype(place) if torch_dtype == "auto" else check_dtype(torch_dtype)
         world = cls(*read_folder(folder, dtype, preset, _path(decoder), share))
         world.source = str(source)
         return world._placed(place, quantization_config)
@@ -124,10 +122,11 @@ class Loaded:
         from worldsim.single_file import read_single_file
 
         place = check_device(device)
+        dtype = None if torch_dtype is None else check_dtype(torch_dtype)
         if quantization_config is not None:
             check_quantization(quantization_config)  # before anything large is read
         folder = None if base is None else locate(str(base))
-        read = read_single_file(Path(path), preset, folder, config, torch_dtype, _path(decoder))
+        read = read_single_file(Path(path), preset, folder, config, dtype, _path(decoder))
         world = cls(*read)
         world.source = str(path)
         return world._placed(place, quantization_config)

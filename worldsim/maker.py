@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from worldsim.bundle import check_numbers
 from worldsim.cache.context import Context, Event
 from worldsim.cache.policy import Pose
 from worldsim.conditioning import conditioning
@@ -285,6 +286,7 @@ class Maker:
         if self._noise is None:
             return noise(self.settings.seed, block, step, shape)
         given = self._noise(block, step, shape)
+        check_numbers(f"noise({block}, {step}, …)", given)
         if tuple(given.shape) != shape:
             raise ValueError(f"noise must be {shape}, got {tuple(given.shape)}")
         return given.float()

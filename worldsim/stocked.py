@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from worldsim.actions import ActionSpec
+from worldsim.bundle import check_numbers
 from worldsim.cache.pool import PagePool, PageShape
 from worldsim.config import Settings, WorldConfig
 from worldsim.fingerprint import fingerprint
@@ -142,7 +143,9 @@ class Stocked(Loaded):
             ValueError: for another shape, or more rows than the world's text length.
         """
         length, width = self.text_length, self.transformer.config.text_dim
-        if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
+        check_numbers("prompt_embeds", embeds)
+        one = embeds.ndim == 3 and embeds.shape[0] == 1 and embeds.shape[1] > 0
+        if not one or embeds.shape[2] != width:
             raise ValueError(f"prompt_embeds must be [1, T, {width}], got {list(embeds.shape)}")
         missing = length - embeds.shape[1]
         if missing < 0:
