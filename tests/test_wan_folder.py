@@ -157,7 +157,7 @@ def test_a_plain_diffusers_folder_takes_a_preset(folder: Path, tmp_path: Path) -
 def test_a_preset_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     stream = ("stream", tmp_path / "walk.gif", "--prompt", "a red maze", "--seconds", 0.5)
     done = worldsim(*stream, "--world", folder, "--preset", "longlive")
-    assert done.returncode == 0 and "wins over longlive: cache=window=21 (not" in done.stderr
+    assert done.returncode == 0 and "wins over longlive: height=64 (not" in done.stderr
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain)
     (plain / "world.json").unlink()
