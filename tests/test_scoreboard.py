@@ -43,7 +43,7 @@ def material(readers: Readers) -> Material:
         "rollout": held_out(WALKS, GIVEN + SECOND * 4, SIZE),
         "forks": held_out(8 * WALKS, GIVEN, SIZE, 10_000),
         "returning": held_out(WALKS, GIVEN, SIZE, 40_000, standing=True),
-        "minute": held_out(2, GIVEN + SECOND * 60, SIZE, 20_000),
+        "minute": held_out(1, GIVEN + SECOND * 60, SIZE, 20_000),
     }
     rows = {name: list(range(len(truth.poses))) for name, truth in walks.items()}
     rows["forks"] = forkable(walks["forks"], WALKS)
