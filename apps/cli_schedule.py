@@ -53,6 +53,9 @@ def simulate(
     batch: Annotated[
         float, typer.Option(help="What a further row of a batch costs, of the first one's time.")
     ] = 1.0,
+    spread: Annotated[
+        float, typer.Option(help="How much passes vary, e.g. 0.05: a standard deviation's share.")
+    ] = 0.0,
 ) -> None:
     """Foretell speed, first frame, delay of a control and memory of each rank."""
     with loading():
@@ -61,7 +64,7 @@ def simulate(
     run(
         SimulateOptions(
             name, world, stage_ms, commit_ms, decode_ms, steps, ranks, link_gbps, latency_us,
-            message_us, batch, cache,
+            message_us, batch, cache, spread,
         )
     )  # fmt: skip
 

@@ -45,12 +45,14 @@ class RanksBenchOptions:
 @dataclass(frozen=True)
 class Measured:
     """Of one run: seconds a block once it flows, until the first one, and in flight; seconds of
-    the last rank's parts of a block; hashes of latents."""
+    the last rank's parts of a block, and how much its passes vary (see `Costs`); hashes of
+    latents."""
 
     block: float
     first: float
     flight: float
     parts: dict[str, float]
+    spread: float
     hashes: tuple[str, ...]
 
 
@@ -127,7 +129,7 @@ def _costs(measured: Measured, settings: Settings, steps: int) -> Costs:
         denoise += took["commit"] / steps
     return Costs(
         denoise=denoise, commit=took["commit"] / steps if passes else 0.0, decode=took["decode"],
-        own_thread=False, message=MESSAGE,
+        own_thread=False, message=MESSAGE, spread=measured.spread,
     )  # fmt: skip
 
 
@@ -149,9 +151,12 @@ def _timed(blocks: Iterable[Block]) -> Measured:
                 timings.setdefault(name, []).append(seconds)
     gaps = [b - a for a, b in zip(came[WARM_UP:], came[WARM_UP + 1 :], strict=False)]
     parts = {name: statistics.fmean(seconds) for name, seconds in timings.items()}
+    passes = timings.get("denoise", [])  # none, on a rank that only decodes
+    spread = statistics.pstdev(passes) / statistics.fmean(passes) if passes else 0.0
     return Measured(
-        statistics.fmean(gaps), first, statistics.median(flights[WARM_UP:]), parts, tuple(hashes)
-    )
+        statistics.fmean(gaps), first, statistics.fmean(flights[WARM_UP:]), parts, spread,
+        tuple(hashes),
+    )  # fmt: skip
 
 
 def _rows(figures: dict[str, Any]) -> Iterable[tuple[str, object]]:

@@ -39,6 +39,7 @@ class SimulateOptions:
     message_us: float
     batch: float
     cache: str | None = None
+    spread: float = 0.0
 
 
 def run(options: SimulateOptions) -> None:
@@ -50,7 +51,7 @@ def run(options: SimulateOptions) -> None:
     for name in ("stage_ms", "link_gbps"):
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
-    for name in ("commit_ms", "decode_ms", "latency_us", "message_us", "batch"):
+    for name in ("commit_ms", "decode_ms", "latency_us", "message_us", "batch", "spread"):
         if not (getattr(options, name) or 0) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
     world = outline(options.world)
@@ -111,6 +112,7 @@ def costs_of(options: SimulateOptions, world: World, latents: tuple[int, ...]) -
         latent=FLOAT * prod(latents),
         hidden=latents[2] * rows * columns * width * world.dtype.itemsize,
         pictures=GROUP * latents[2],
+        spread=options.spread,
     )
 
 

@@ -8,6 +8,8 @@ a block.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from worldsim.wavefront import Grid, Name, Placed
 
 
@@ -25,6 +27,8 @@ class Costs:
         rate: of a link, bytes a second.
         latent, hidden: bytes of a message between steps, and between ranges of layers.
         pictures: of a block.
+        spread: how much passes vary, as a share of what they take (standard deviation). Ranks of
+            equal speed wait for each other now and then, and blocks between them.
     """
 
     denoise: float
@@ -38,6 +42,7 @@ class Costs:
     latent: int = 0
     hidden: int = 0
     pictures: int = 1
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class _Ranks:
         self.free = [0.0] * grid.ranks
         self.worked = [0.0] * grid.ranks
         self.shown: dict[int, float] = {}
+        self.chance = np.random.Generator(np.random.Philox(0))  # the same at every call
         self.shower = 0.0  # when the thread that decodes beside the steps is free
 
     def run(self, work: list[Placed]) -> None:
@@ -91,6 +97,8 @@ class _Ranks:
             _seconds(cell, self.costs, self.parts) * (1.0 if index == 0 else self.costs.batch)
             for index, cell in enumerate(work)
         )
+        # No less than half: nothing is suddenly quick.
+        took *= max(0.5, 1.0 + self.costs.spread * self.chance.standard_normal())
         for cell in work:
             self.begun[cell.name], self.over[cell.name] = ready, ready + took
         self.worked[rank] += took
