@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 
+from worldsim.apps.cli import main
 from worldsim.apps.convert import run as convert
 from worldsim.folder import DECODER, TEXT, write_folder
 from worldsim.models.umt5 import PromptEncoder
@@ -217,11 +218,14 @@ def test_a_generator_alone_has_latents_only(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_converted(
-    arguments: tuple[object, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[object, ...], said: str, tmp_path: Path, monkeypatch, capfd
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = worldsim("convert", *arguments)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["worldsim", "convert", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capfd.readouterr().err
+    assert ended.value.code == 2 and said in told and told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
