@@ -1,12 +1,19 @@
 """Small worlds for the tests: random weights, none of them trivial, made in milliseconds."""
 
+import sys
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from worldsim.apps import cli
 from worldsim.maze.recipe import TINY, Recipe
 from worldsim.maze.train import untrained, world_config
 from worldsim.models.autoencoder import CausalAutoencoder
@@ -30,6 +37,35 @@ def random_world(recipe: Recipe = TINY, **config: object) -> World:
         model.eval().requires_grad_(False)
     wanted = {"height": 32, "width": 48} | config  # no square: a mixed-up axis shows
     return World(replace(world_config(recipe), **wanted), *models)
+
+
+class Said(NamedTuple):
+    """How a command ended, and what it wrote."""
+
+    code: int
+    out: str  # bytes that are no text are there as surrogates
+    err: str
+
+
+def command(*arguments: object) -> Said:
+    """`worldsim` in this process, without the seconds that a start takes."""
+    before, threads, err = sys.argv, torch.get_num_threads(), StringIO()
+    with TemporaryFile("w+", encoding="utf-8", errors="surrogateescape", newline="") as out:
+        sys.argv = ["worldsim", *map(str, arguments)]
+        try:
+            with (
+                warnings.catch_warnings(),  # it shows them in its own way
+                redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended,
+            ):  # fmt: skip
+                cli.main()
+        finally:
+            sys.argv = before
+            torch.set_num_threads(threads)
+        out.seek(0)
+        written, code = out.read(), ended.value.code
+    if isinstance(code, str):  # what Python does at the end of a process
+        return Said(1, written, f"{err.getvalue()}{code}\n")
+    return Said(code or 0, written, err.getvalue())
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MakeWorld
-from test_cli import run
+from conftest import MakeWorld, command
 from torch import nn
 from torch.nn import functional as F
 
@@ -199,15 +198,11 @@ def test_medium_is_made_alike_each_time(monkeypatch: pytest.MonkeyPatch) -> None
         assert block.frames.shape == (12, 32, 48, 3)
 
 
-def test_figures_are_printed_and_written(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_figures_are_printed_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
 
-    def first_byte(command: list[str]) -> float:
-        started.append(command)
+    def first_byte(arguments: list[str]) -> float:
+        started.append(arguments)
         return 1.25
 
     monkeypatch.setattr(bench, "_until_first_byte", first_byte)
@@ -215,9 +210,9 @@ def test_figures_are_printed_and_written(
     path = tmp_path / "figures.json"
     options = ("--schedule", "euler:1000,500,250", "--threads", "1", "--dtype", "float32")
     arguments = ("bench", "--model", "medium", "--blocks", "10", "--json", path, *options)
-    assert run(monkeypatch, *arguments) == 0
+    code, printed, _ = command(*arguments)
+    assert code == 0
     figures = json.loads(path.read_text())
-    printed = capfd.readouterr().out
 
     world = medium.random_world(SMALL, torch.float32, "cpu")
     gflop = {
@@ -245,9 +240,8 @@ def test_figures_are_printed_and_written(
 
     # The first picture is that of a process with the very same options.
     assert figures["first_picture_s"] == 1.25 and len(started) == 3
-    assert run(monkeypatch, *started[0][1:]) == 0
-    out, err = capfd.readouterr()
-    assert "8 pictures (0.5 s)" in err and len(out) > 0
+    code, out, err = command(*started[0][1:])
+    assert code == 0 and "8 pictures (0.5 s)" in err and len(out) > 0
 
 
 def test_the_fastest_ways_do_the_same_work() -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -15,7 +14,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import MakeWorld
+from conftest import MakeWorld, command
 from safetensors.torch import load_file, save_file
 
 from worldsim.apps import cli
@@ -25,19 +24,9 @@ from worldsim.maze.recipe import CPU
 from worldsim.world import World
 
 CONSOLE_SCRIPT = Path(sysconfig.get_path("scripts"), "worldsim")
-COMMANDS = [
-    command.callback.__name__ for command in cli.app.registered_commands if command.callback
-]
+COMMANDS = [each.callback.__name__ for each in cli.app.registered_commands if each.callback]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WAIT = 120.0  # seconds; a limit for what must happen, never a pause
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """A command sets the number of threads of its process, which here is everybody's."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def start(cwd: Path, *arguments: str | Path) -> "subprocess.Popen[bytes]":
@@ -47,15 +36,6 @@ def start(cwd: Path, *arguments: str | Path) -> "subprocess.Popen[bytes]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The same in this process, without the seconds that a start takes; returns the exit code."""
-    monkeypatch.setattr(sys, "argv", ["worldsim", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    code = ended.value.code
-    return code if isinstance(code, int) else int(code is not None)
 
 
 def video(path: Path) -> tuple[np.ndarray, float]:
@@ -122,7 +102,7 @@ def test_pictures_and_animations(
     (tmp_path / "frames").mkdir()
     monkeypatch.chdir(tmp_path)
     arguments = ("--world", world_folder, "--seconds", "0.5", "--threads", "1", "--scale", "2")
-    assert run(monkeypatch, "stream", name, *arguments) == 0
+    assert command("stream", name, *arguments).code == 0
     if name.startswith("walk"):
         pictures = imageio.imread(tmp_path / name, index=...)
         assert pictures.shape == (8, 64, 96, 3)
@@ -205,41 +185,35 @@ BAD_TARGETS = {
 }
 
 
-def refused(
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    folder: Path,
-    *arguments: str | Path,
-) -> str:
+def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: object) -> str:
     """Runs what cannot be in an empty folder; returns the one line that it says."""
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
-    assert run(monkeypatch, *arguments) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("worldsim: "), err
+    code, out, err = command(*arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("worldsim: "), err
     assert list(folder.iterdir()) == []
     return err
 
 
 @pytest.mark.parametrize("how", BAD_WORLDS)
-def test_bad_world(how: str, tmp_path: Path, world_folder: Path, monkeypatch, capfd) -> None:
+def test_bad_world(how: str, tmp_path: Path, world_folder: Path, monkeypatch) -> None:
     world = damaged(world_folder, tmp_path, how)
-    said = refused(monkeypatch, capfd, tmp_path / "here", "stream", "w.mp4", "--world", world)
+    said = refused(monkeypatch, tmp_path / "here", "stream", "w.mp4", "--world", world)
     assert BAD_WORLDS[how] in said and str(world) in said
 
 
 @pytest.mark.parametrize("option", BAD_OPTIONS)
 def test_bad_option(
-    option: tuple[str, ...], tmp_path: Path, world_folder: Path, monkeypatch, capfd
+    option: tuple[str, ...], tmp_path: Path, world_folder: Path, monkeypatch
 ) -> None:
     arguments = ("stream", "walk.mp4", "--world", world_folder, *option)
-    assert BAD_OPTIONS[option] in refused(monkeypatch, capfd, tmp_path, *arguments)
+    assert BAD_OPTIONS[option] in refused(monkeypatch, tmp_path, *arguments)
 
 
 @pytest.mark.parametrize("target", BAD_TARGETS)
-def test_bad_target(target: str, tmp_path: Path, world_folder: Path, monkeypatch, capfd) -> None:
+def test_bad_target(target: str, tmp_path: Path, world_folder: Path, monkeypatch) -> None:
     arguments = ("stream", target, "--world", world_folder)
-    assert BAD_TARGETS[target] in refused(monkeypatch, capfd, tmp_path, *arguments)
+    assert BAD_TARGETS[target] in refused(monkeypatch, tmp_path, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -264,9 +238,9 @@ def test_bad_target(target: str, tmp_path: Path, world_folder: Path, monkeypatch
     ids=" ".join,
 )
 def test_bad_option_of_another_command(
-    arguments: tuple[str, ...], tmp_path: Path, monkeypatch, capfd
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch
 ) -> None:
-    refused(monkeypatch, capfd, tmp_path, *arguments)
+    refused(monkeypatch, tmp_path, *arguments)
 
 
 def test_error_through_the_console_script(tmp_path: Path) -> None:
@@ -307,19 +281,15 @@ def test_help_of_every_command_loads_nothing_heavy(tmp_path: Path) -> None:
         timeout=WAIT,
     )
     assert done.returncode == 0, done.stderr
-    for command in COMMANDS:
-        assert f"Usage: worldsim {command}" in done.stdout
+    for name in COMMANDS:
+        assert f"Usage: worldsim {name}" in done.stdout
     assert done.stdout.count("Example") >= len(COMMANDS)
 
 
-def test_controls_of_a_world_are_told(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], world_folder: Path
-) -> None:
-    assert run(monkeypatch, "controls", "--world", str(world_folder)) == 0
-    said = capfd.readouterr().out
+def test_controls_of_a_world_are_told(world_folder: Path) -> None:
+    said = command("controls", "--world", world_folder).out
     assert "  W  forward     KeyW, ArrowUp\n" in said and "script, in latent frames" in said
-    assert run(monkeypatch, "controls", "--world", "tiny") == 0
-    assert "its prompt alone steers it" in capfd.readouterr().out
+    assert "its prompt alone steers it" in command("controls", "--world", "tiny").out
 
 
 # --- repeatability -------------------------------------------------------------------------------
@@ -335,6 +305,7 @@ def test_same_seed_same_latents_on_one_and_two_threads(
     for threads in (1, 2):
         torch.set_num_threads(threads)
         made.append(list(world.stream(controls="W L", seed=3, blocks=2)))
+    torch.set_num_threads(1)
     for one, two in zip(*made, strict=True):
         assert torch.equal(one.latents, two.latents)
         assert np.array_equal(one.frames, two.frames)

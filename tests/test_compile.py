@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeWorld
-from test_cli import run
+from conftest import MakeWorld, command
 from test_transformer import Counting
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -260,17 +259,15 @@ def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_cheap")
-def test_stream_compiles_before_the_first_block(
-    tmp_path, world_folder, monkeypatch, capfdbinary
-) -> None:
+def test_stream_compiles_before_the_first_block(tmp_path, world_folder, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ("--world", world_folder, "--seconds", "0.5", "--threads", "1", "--dtype")
     written = []
     for options in ((), ("--compile",)):
-        assert run(monkeypatch, "stream", "-", *arguments, "float32", *options) == 0
-        out, told = capfdbinary.readouterr()
-        written.append(np.frombuffer(out, np.uint8).astype(int))
-    err = told.decode()
+        code, out, err = command("stream", "-", *arguments, "float32", *options)
+        assert code == 0, err
+        pixels = out.encode(errors="surrogateescape")
+        written.append(np.frombuffer(pixels, np.uint8).astype(int))
     line = next(line for line in err.splitlines() if line.startswith("compiling"))
     assert re.fullmatch(r"compiling: denoise, commit … [\d.]+ s", line)
     assert err.index("compiling") < err.index("pictures")
@@ -282,27 +279,26 @@ def test_stream_compiles_before_the_first_block(
 
 
 @pytest.mark.usefixtures("_cheap")
-def test_bench_measures_compiled_passes(tmp_path, monkeypatch, capfd) -> None:
+def test_bench_measures_compiled_passes(tmp_path, monkeypatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(bench, "_until_first_byte", lambda command: started.append(command) or 1.0)
     path = tmp_path / "figures.json"
     tiny = ("bench", "--model", "tiny", "--blocks", "10", "--threads", "1", "--json", path)
-    assert run(monkeypatch, *tiny, "--compile") == 0
-    assert "compiling: denoise, commit …" in capfd.readouterr().err
+    code, _, err = command(*tiny, "--compile")
+    assert code == 0 and "compiling: denoise, commit …" in err
     figures = json.loads(path.read_text())
     assert figures["compiled"] and "--compile" in started[0]
     # The roofline sees the kernels themselves, which a graph would hide.
     assert figures["roofline"]["denoise"]["gflop"] > figures["roofline"]["commit"]["gflop"] > 0
 
 
-def test_what_cannot_be_compiled_is_one_line(tmp_path, world_folder, monkeypatch, capfd) -> None:
+def test_what_cannot_be_compiled_is_one_line(tmp_path, world_folder, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ("stream", "walk.mp4", "--world", world_folder, "--seconds", "0.5", "--compile")
+    stream = ("stream", "walk.mp4", "--world", world_folder, "--seconds", "0.5", "--compile")
 
     def refused(*options: str) -> str:
-        assert run(monkeypatch, *command, *options) == 2
-        out, err = capfd.readouterr()
-        assert out == "" and list(tmp_path.iterdir()) == []
+        code, out, err = command(*stream, *options)
+        assert code == 2 and out == "" and list(tmp_path.iterdir()) == []
         return err.splitlines()[-1]
 
     assert "--compile is for pages in full" in refused("--cache", "sink=1,recent=3:int8")
@@ -326,17 +322,15 @@ SAID = {
 
 
 @pytest.mark.parametrize("said", SAID)
-def test_out_of_memory_says_what_to_change(
-    said: str, tmp_path, world_folder, monkeypatch, capfd
-) -> None:
+def test_out_of_memory_says_what_to_change(said: str, tmp_path, world_folder, monkeypatch) -> None:
     def full(*_: object) -> object:
         raise (torch.OutOfMemoryError if "CUDA out" in said else RuntimeError)(said)
 
     monkeypatch.setattr(PagePool, "write", full)  # in the midst of a stream, on a thread of its own
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "stream", "-", "--world", world_folder, "--seconds", "2") == 2
-    told = capfd.readouterr().err.splitlines()[-1]
-    assert told.startswith("worldsim: out of memory") and SAID[said] in told
+    code, _, err = command("stream", "-", "--world", world_folder, "--seconds", "2")
+    told = err.splitlines()[-1]
+    assert code == 2 and told.startswith("worldsim: out of memory") and SAID[said] in told
     for change in ("--cache recent=6", "int8", "--dtype bfloat16", "worldsim doctor"):
         assert change in told
 

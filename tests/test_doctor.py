@@ -4,7 +4,6 @@ import gc
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -13,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import command
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from worldsim.apps import cli
 from worldsim.apps.doctor import readable, room
 from worldsim.apps.medium import MEDIUM, TINY
 from worldsim.apps.medium import random_world as made
@@ -252,7 +251,7 @@ def test_a_generator_with_a_base_and_a_tiny_decoder(family: Path, tmp_path: Path
         assert forecast(folder).weights == told.weights
 
 
-def test_only_configs_are_fetched(family: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+def test_only_configs_are_fetched(family: Path, tmp_path: Path, monkeypatch) -> None:
     """Of a hub id: no weights and no tokenizer, neither for a world nor for a base."""
     asked = []
 
@@ -268,31 +267,20 @@ def test_only_configs_are_fetched(family: Path, tmp_path: Path, monkeypatch, cap
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     size = ("--height", "64", "--width", "96")
-    assert run(monkeypatch, "--world", "some/world", *size) == 0
-    assert run(monkeypatch, "--world", GENERATOR, "--base", "some/base", *size) == 0
-    out = capfd.readouterr().out
-    assert out.count("weights: decoder") == 2 and asked == ["some/world", "some/base"]
+    hub = command("doctor", "--world", "some/world", *size)
+    based = command("doctor", "--world", GENERATOR, "--base", "some/base", *size)
+    assert "weights: decoder" in hub.out and "weights: decoder" in based.out
+    assert asked == ["some/world", "some/base"]
     fetched = {file.name for file in tmp_path.rglob("*") if file.is_file()}
     assert fetched == {"world.json", "model_index.json", "config.json", "scheduler_config.json"}
 
 
 # --- the command ------------------------------------------------------------------------------
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["worldsim", "doctor", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    if isinstance(ended.value.code, str):  # what Python does at the end of a process
-        print(ended.value.code, file=sys.stderr)
-        return 1
-    return ended.value.code or 0
-
-
-def test_it_fits(tmp_path: Path, world_folder: Path, monkeypatch, capfd) -> None:
+def test_it_fits(tmp_path: Path, world_folder: Path) -> None:
     target = tmp_path / "figures.json"
     options = ("--world", world_folder, "--dtype", "float32", "--cache", "recent=4")
-    assert run(monkeypatch, *options, "--json", target) == 0
-    out, err = capfd.readouterr()
-    assert "all together" in out and err == ""
+    code, out, err = command("doctor", *options, "--json", target)
+    assert code == 0 and "all together" in out and err == ""
     figures = json.loads(target.read_text())
     told = forecast(World.from_pretrained(world_folder, torch.float32), "recent=4")
     assert figures["forecast"] == told.figures()
@@ -300,11 +288,12 @@ def test_it_fits(tmp_path: Path, world_folder: Path, monkeypatch, capfd) -> None
     assert figures["there"] > figures["forecast"]["total"]
 
 
-def test_it_does_not_fit(tmp_path: Path, monkeypatch, capfd) -> None:
+def test_it_does_not_fit(tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
     options = ("--world", "medium", "--dtype", "float32", "--memory", "280MiB", "--json", target)
-    assert run(monkeypatch, *options) == 1
-    first, second = capfd.readouterr().err.splitlines()
+    code, _, err = command("doctor", *options)
+    first, second = err.splitlines()
+    assert code == 1
     assert first == "worldsim: does not fit: 293.34 MiB needed, 280.00 MiB there"
     assert second.startswith("what saves most: --dtype bfloat16 (")
     figures = json.loads(target.read_text())
@@ -313,16 +302,16 @@ def test_it_does_not_fit(tmp_path: Path, monkeypatch, capfd) -> None:
     changes = [remedy["change"] for remedy in figures["remedies"]]
     # What is said is what is done: the better one of the two that take a cache line fits.
     line = next(change for change in changes if "int4" in change)
-    assert run(monkeypatch, *options[:-2], *shlex.split(line)) == 0
-    assert "does not fit" not in capfd.readouterr().err
+    code, _, err = command("doctor", *options[:-2], *shlex.split(line))
+    assert code == 0 and "does not fit" not in err
 
 
-def test_what_would_help_a_large_world(family: Path, monkeypatch, capfd) -> None:
+def test_what_would_help_a_large_world(family: Path) -> None:
     options = ("--world", family, "--dtype", "bfloat16", "--memory", "100KiB")
-    assert run(monkeypatch, *options) == 1
-    assert "taew2_1.pth" not in capfd.readouterr().err, "this one is smaller"
-    assert run(monkeypatch, *options, "--device", "cuda") == 1
-    assert "world.enable_group_offload()" in capfd.readouterr().err
+    code, _, err = command("doctor", *options)
+    assert code == 1 and "taew2_1.pth" not in err, "this one is smaller"
+    code, _, err = command("doctor", *options, "--device", "cuda")
+    assert code == 1 and "world.enable_group_offload()" in err
 
 
 @pytest.mark.parametrize(
@@ -352,13 +341,10 @@ def test_what_would_help_a_large_world(family: Path, monkeypatch, capfd) -> None
     ],
     ids=lambda given: "".join(given).encode("ascii", "replace").decode(),
 )
-def test_what_cannot_be(
-    options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch, capfd
-) -> None:
+def test_what_cannot_be(options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, *options) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and err.startswith("worldsim: ") and err.count("\n") == 1
+    code, out, err = command("doctor", *options)
+    assert code == 2 and out == "" and err.startswith("worldsim: ") and err.count("\n") == 1
     assert said in err
     assert list(tmp_path.iterdir()) == []
 

@@ -20,6 +20,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import command
 from torch.distributed import HashStore
 
 from worldsim.apps.opening import open_share
@@ -241,16 +242,19 @@ def test_controls_from_outside_hold_from_their_block_on(world_folder: Path) -> N
 WORLDSIM = Path(sysconfig.get_path("scripts"), "worldsim")
 
 
-def streaming(
+def streaming(folder: Path, out: Path) -> list[str]:
+    return [
+        "stream", str(out), "--world", str(folder), "--schedule", "tpp", "--steps", "2",
+        "--dtype", "float32", "--threads", "1",
+    ]  # fmt: skip
+
+
+def started(
     folder: Path, out: Path, *more: str, before: tuple[str, ...] = ()
 ) -> subprocess.Popen[str]:
-    command = [
-        *before, str(WORLDSIM), "stream", str(out), "--world", str(folder), "--schedule", "tpp",
-        "--steps", "2", "--dtype", "float32", *more,
-    ]  # fmt: skip
     return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=folder.parent, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*before, str(WORLDSIM), *streaming(folder, out), *more],
+        stderr=subprocess.PIPE, text=True, cwd=folder.parent, start_new_session=True,
     )  # fmt: skip
 
 
@@ -279,7 +283,7 @@ def pictures(path: Path) -> int:
 
 def test_ctrl_c_ends_every_rank_and_the_file_plays(world_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "walk.mp4"
-    process = streaming(world_folder, out, "--ranks", "2", "--seconds", "100000")
+    process = started(world_folder, out, "--ranks", "2", "--seconds", "100000")
     while not (out.exists() and out.stat().st_size):
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.05)
@@ -295,7 +299,7 @@ def test_ctrl_c_ends_every_rank_and_the_file_plays(world_folder: Path, tmp_path:
 def test_a_killed_rank_under_the_command(world_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "walk.mp4"
     more = ("--ranks", "2", "--seconds", "100000", "--save-every", "4")
-    process = streaming(world_folder, out, *more)
+    process = started(world_folder, out, *more)
     while not (out.exists() and out.stat().st_size):
         assert process.poll() is None
         time.sleep(0.05)
@@ -311,9 +315,9 @@ def test_a_killed_rank_under_the_command(world_folder: Path, tmp_path: Path) -> 
     assert states, "it had saved by then"
     shown = frames(out)
     seconds = str((len(shown) + 9) / 16)
-    process = streaming(world_folder, out, "--ranks", "2", "--seconds", seconds, "--resume")
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 0, told
+    resumed = ("--ranks", "2", "--seconds", seconds, "--resume")
+    done = command(*streaming(world_folder, out), *resumed)
+    assert done.code == 0, done.err
     again = frames(out)
     assert len(again) == len(shown) + 9
     kept = 1 + 4 * (int(states[0].name[-6:]) - 1)  # at least so many are the very same
@@ -333,9 +337,9 @@ def test_torchrun_starts_it_as_well(world_folder: Path, tmp_path: Path, nodes: i
         "--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", meet,
         "--local-addr", "127.0.0.1",
     )  # fmt: skip
-    agents = [streaming(world_folder, out, "--seconds", "1", before=torchrun) for _ in range(nodes)]
-    alone = streaming(world_folder, whole, "--seconds", "1")
-    for process in (*agents, alone):
+    agents = [started(world_folder, out, "--seconds", "1", before=torchrun) for _ in range(nodes)]
+    assert command(*streaming(world_folder, whole), "--seconds", "1").code == 0
+    for process in agents:
         _, told = process.communicate(timeout=60)
         assert process.returncode == 0, told
     assert out.read_bytes() == whole.read_bytes()
@@ -348,11 +352,11 @@ def test_ranks_record_what_one_rank_does(
     recorded = [tmp_path / "one.wsrun", tmp_path / "two.wsrun"]
     prompts = ("--prompt", "red brick[0.5s] | night[0.5s#] | blue tiles")
     for ranks, path in enumerate(recorded, 1):
-        process = streaming(
-            world_folder, tmp_path / f"{ranks}.mp4", "--schedule", name, "--steps", steps,
-            "--seconds", "1.5", "--ranks", str(ranks), "--record", str(path), *prompts,
+        done = command(
+            *streaming(world_folder, tmp_path / f"{ranks}.mp4"), "--schedule", name,
+            "--steps", steps, "--seconds", "1.5", "--ranks", ranks, "--record", path, *prompts,
         )  # fmt: skip
-        assert process.wait(60) == 0, process.stderr and process.stderr.read()
+        assert done.code == 0, done.err
     one, two = (path.read_bytes() for path in recorded)
     assert one == two and b'"event": "cut"' in one and one.count(b'"hash"') == 7
     world = World.from_pretrained(world_folder, torch.float32)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeWorld
+from conftest import MakeWorld, command
 from rich.console import Console
-from test_cli import WAIT, run, start, video
+from test_cli import WAIT, start, video
 from torch.autograd import profiler
 
 from worldsim.apps import profiling
@@ -36,18 +36,14 @@ def regions(trace: Path) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def test_trace_names_every_part_of_consecutive_blocks(
-    tmp_path: Path,
-    world_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, world_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(profiling, "BLOCKS", 8)
     arguments = ("--world", world_folder, "--cache", "recent=10", "--threads", "1")
-    assert (
-        run(monkeypatch, "stream", "w.mp4", *arguments, "--seconds", "8", "--profile", "trace.json")
-        == 0
-    )
+    stream = ("stream", "w.mp4", *arguments, "--seconds", "8", "--profile", "trace.json")
+    code, out, err = command(*stream)
+    assert code == 0, err
     assert not profiler._is_profiler_enabled
     assert {path.name for path in tmp_path.iterdir()} == {"w.mp4", "trace.json"}
     assert len(video(tmp_path / "w.mp4")[0]) == 128
@@ -75,7 +71,6 @@ def test_trace_names_every_part_of_consecutive_blocks(
     ]
     assert "aten::linear" in inside
 
-    out, err = capfd.readouterr()
     assert out == ""
     for shown in (*PARTS, "ms per block", "aten::", "no operator", "trace.json"):
         assert shown in err

@@ -4,20 +4,17 @@ import json
 import random
 import subprocess
 import sys
-import sysconfig
 import tracemalloc
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_world
+from conftest import command, random_world
 
 from worldsim.replay import Differs, Replay, Run, parse_run, read_run
 from worldsim.session import Session
 from worldsim.world import World
-
-WORLDSIM = Path(sysconfig.get_path("scripts"), "worldsim")
 
 KEYS = ("KeyW", "KeyA", "KeyL", "KeyJ")
 
@@ -273,13 +270,15 @@ def test_what_cannot_be_recorded_says_so(world: World, tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_the_command_line_records_and_replays(world_folder: Path, tmp_path: Path) -> None:
+def test_the_command_line_records_and_replays(
+    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def told(*args: object, code: int = 0) -> str:
-        done = subprocess.run(
-            [WORLDSIM, *map(str, args)], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.returncode == code, done.stderr
-        return done.stderr
+        done = command(*args)
+        assert done.code == code, done.err
+        return done.err
 
     told("stream", "a.gif", "--world", world_folder, "--seconds", 1, "--record", "run.wsrun")
     assert "bit for bit" in told("replay", "run.wsrun", "--verify", "--out", "b.gif")

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +9,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import command
 from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 
-from worldsim.apps.cli import main
 from worldsim.apps.convert import run as convert
 from worldsim.folder import DECODER, TEXT, write_folder
 from worldsim.models.umt5 import PromptEncoder
@@ -37,20 +35,13 @@ def base(tmp_path_factory: pytest.TempPathFactory, umt5: PromptEncoder) -> Path:
     return folder
 
 
-def worldsim(*arguments: object) -> subprocess.CompletedProcess[str]:
-    call = "from worldsim.apps.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", call, *map(str, arguments)], capture_output=True, text=True
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(base: Path) -> Path:
     """What `worldsim convert` makes of a generator and a base."""
     out = base.parent / "converted"
     size = ("--height", 64, "--width", 96)
-    done = worldsim("convert", GENERATOR, out, "--base", base, *size)
-    assert done.returncode == 0, done.stderr
+    done = command("convert", GENERATOR, out, "--base", base, *size)
+    assert done.code == 0, done.err
     return out
 
 
@@ -61,10 +52,10 @@ def pictures_of(path: Path) -> Sequence[np.ndarray]:
 
 def test_a_converted_folder_streams_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "walk.mp4"
-    done = worldsim(
+    done = command(
         "stream", out, "--world", folder, "--prompt", "a red maze", "--seconds", 1, "--scale", 1
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     made = pictures_of(out)
     assert len(made) == 16 and made[0].shape == (64, 96, 3)
 
@@ -73,18 +64,18 @@ def test_it_begins_with_a_picture(folder: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "first.png")
     out = tmp_path / "walk.mp4"
-    done = worldsim(
+    done = command(
         "stream", out, "--world", folder, "--image", tmp_path / "first.png", "--seconds", 1,
         "--scale", 1, "--prompt", "a maze",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert len(pictures_of(out)) == 16
     Image.fromarray(pixels[:32]).save(tmp_path / "small.png")
-    done = worldsim(
+    done = command(
         "stream", out, "--world", folder, "--image", tmp_path / "small.png", "--prompt", "a maze"
     )
-    assert done.returncode == 2 and "the picture is 96×32, this world shows 96×64" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.code == 2 and "the picture is 96×32, this world shows 96×64" in done.err
+    assert done.err.count("\n") == 1
 
 
 def test_image_to_video_is_the_encoded_picture_and_then_blocks(folder: Path) -> None:
@@ -157,13 +148,13 @@ def test_a_plain_diffusers_folder_takes_a_preset(folder: Path, tmp_path: Path) -
 
 def test_a_preset_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     stream = ("stream", tmp_path / "walk.gif", "--prompt", "a red maze", "--seconds", 0.5)
-    done = worldsim(*stream, "--world", folder, "--preset", "longlive")
-    assert done.returncode == 0 and "wins over longlive: height=64 (not" in done.stderr
+    done = command(*stream, "--world", folder, "--preset", "longlive")
+    assert done.code == 0 and "wins over longlive: height=64 (not" in done.err
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain)
     (plain / "world.json").unlink()
-    done = worldsim(*stream, "--world", plain, "--preset", "sora")
-    assert done.returncode == 2 and "unknown preset 'sora': choose self-forcing" in done.stderr
+    done = command(*stream, "--world", plain, "--preset", "sora")
+    assert done.code == 2 and "unknown preset 'sora': choose self-forcing" in done.err
 
 
 def test_a_worlds_own_settings_win_over_a_preset(folder: Path) -> None:
@@ -194,16 +185,14 @@ def test_saving_leaves_strangers_files_alone(folder: Path, tmp_path: Path) -> No
 
 def test_a_generator_alone_has_latents_only(tmp_path: Path) -> None:
     out = tmp_path / "alone"
-    done = worldsim("convert", GENERATOR, out, "--height", 64, "--width", 96)
-    assert done.returncode == 0 and "latents only" in done.stderr
+    done = command("convert", GENERATOR, out, "--height", 64, "--width", 96)
+    assert done.code == 0 and "latents only" in done.err
     world = World.from_pretrained(out, torch.float32)
     with world.session(prompt_embeds=torch.zeros(1, 4, 32)) as session:
         block = session.step()
     assert block.frames.size == 0 and block.latents.shape == (1, 16, 3, 8, 12)
-    done = worldsim("stream", tmp_path / "x.mp4", "--world", out)
-    assert (
-        done.returncode == 2 and "no decoder" in done.stderr and not (tmp_path / "x.mp4").exists()
-    )
+    done = command("stream", tmp_path / "x.mp4", "--world", out)
+    assert done.code == 2 and "no decoder" in done.err and not (tmp_path / "x.mp4").exists()
 
 
 @pytest.mark.parametrize(
@@ -218,14 +207,11 @@ def test_a_generator_alone_has_latents_only(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_converted(
-    arguments: tuple[object, ...], said: str, tmp_path: Path, monkeypatch, capfd
+    arguments: tuple[object, ...], said: str, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["worldsim", "convert", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    told = capfd.readouterr().err
-    assert ended.value.code == 2 and said in told and told.count("\n") == 1
+    done = command("convert", *arguments)
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
