@@ -89,7 +89,7 @@ def bench_ranks(
     json: Json = None,
 ) -> None:
     """Time a schedule over ranks beside the same on one, and compare what they make."""
-    with loading():
+    with loading(ranks):
         from worldsim.apps.schedule_bench import RanksBenchOptions, run
 
     run(

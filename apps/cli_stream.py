@@ -83,7 +83,7 @@ def stream(
     ] = False,
 ) -> None:
     """Walk through a world and write what one sees, as it is made."""
-    with loading():
+    with loading(ranks):
         from worldsim.apps.setting import Setting
         from worldsim.apps.stream import StreamOptions, run
 

@@ -7,7 +7,6 @@ the system chooses, so none can be taken. Under torchrun there is no such proces
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,7 +14,6 @@ import time
 from collections.abc import Collection, Generator, Iterator
 from concurrent.futures import Future
 from datetime import timedelta
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,6 +40,7 @@ from worldsim.streaming.faults import (
 from worldsim.streaming.leader import Run
 from worldsim.streaming.link import Order
 from worldsim.streaming.pipeline import prefetch
+from worldsim.streaming.processes import context
 from worldsim.streaming.ranks import Rank
 from worldsim.streaming.words import check_words
 from worldsim.world import World
@@ -50,8 +49,6 @@ HOST = "127.0.0.1"
 LOOK = 0.1  # seconds between two looks at the ranks
 PATIENCE = timedelta(minutes=30)  # for whatever takes long without anything being wrong
 STOPPING = 10.0  # seconds in which ranks that were told to stop may finish their blocks
-PRELOAD = ["worldsim.streaming.launch"]
-SAFE = "PYTHONSAFEPATH"
 
 
 class Ranks:
@@ -74,15 +71,15 @@ class Ranks:
         self._over = Event()
         self._newest = -1  # block that came
         self._snapshots: dict[str, tuple[Future[Path], set[int]]] = {}
-        context = _context()
+        start = context()
         self._results: list[Connection] = []
         self._orders: Connection
         self._processes = []
         try:
             for share in shares:
-                here, there = context.Pipe(duplex=False)
-                heard, said = context.Pipe(duplex=False)
-                process = context.Process(
+                here, there = start.Pipe(duplex=False)
+                heard, said = start.Pipe(duplex=False)
+                process = start.Process(
                     target=_work,
                     args=(run, share, self._store.port, there, heard, threads),
                     name=f"worldsim-rank-{share.rank}",
@@ -294,28 +291,6 @@ class Ranks:
             self._thread.join()
         for connection in (*self._results, *([self._orders] if self._processes else [])):
             connection.close()
-
-
-def _context() -> Any:
-    """How processes are started: from one that has loaded everything already, and has touched no
-    device and started no thread."""
-    if sys.version_info < (3, 11):
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    # Else it would look for modules in the working directory first, where others of the same name
-    # may lie: in the root of this repository, say.
-    before = os.environ.get(SAFE)
-    os.environ[SAFE] = "1"
-    # A Ctrl-C while it loads is this process's to tell; what it starts inherits the mask.
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-        if before is None:
-            del os.environ[SAFE]
-    return context
 
 
 # --- in a rank's process ----------------------------------------------------------------------
