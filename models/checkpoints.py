@@ -120,7 +120,7 @@ def load_generator(
     generator = read_generator(path, config)
     if generator.config is None:
         raise ValueError(
-            f"{path} is of no released size, so the number of its heads is unknown: give config= "
+            f"{path} is of no released size, so the number of its heads is unknown: give a config "
             "(such as {'num_heads': 12})"
         )
     own = generator.tensors["proj_out.weight"].dtype

@@ -45,7 +45,7 @@ def check_fit(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) 
         "missing": sorted(set(expected) - set(tensors)),
         "unexpected": sorted(set(tensors) - set(expected)),
         "wrong shape": sorted(
-            name
+            f"{name} {list(tensors[name].shape)} for {list(expected[name].shape)}"
             for name in set(expected) & set(tensors)
             if expected[name].shape != tensors[name].shape
         ),

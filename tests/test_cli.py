@@ -135,6 +135,12 @@ def damaged(world_folder: Path, tmp_path: Path, how: str) -> Path:
         config.write_text(config.read_text()[:40])
     elif how == "config-type":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": "two"}))
+    elif how == "size-is-text":
+        told = folder / "world.json"
+        told.write_text(json.dumps(json.loads(told.read_text()) | {"height": "tall"}))
+    elif how == "other-decoder":
+        told = folder / "vae" / "config.json"
+        told.write_text(json.dumps(json.loads(told.read_text()) | {"_class_name": "AutoencoderKL"}))
     elif how == "other-words":
         shutil.rmtree(folder / "text_encoder")
         shutil.copytree(folder / "vae", folder / "text_encoder")
@@ -150,6 +156,8 @@ BAD_WORLDS = {
     "not-a-number": "not finite: proj_out.bias",
     "config-cut": "config.json is no JSON",
     "config-type": "does not fit CausalWanTransformer3DModel",
+    "size-is-text": "world: height must be a whole number, got 'tall'",
+    "other-decoder": "holds a AutoencoderKL, not a CausalAutoencoder or AutoencoderKLWan",
     "other-words": "holds a CausalAutoencoder, not a WordEncoder",
 }
 BAD_OPTIONS = {

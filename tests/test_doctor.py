@@ -221,7 +221,7 @@ def test_a_folder_of_the_wan_family(family: Path, dtype: torch.dtype) -> None:
     assert forecast(empty) == forecast(loaded)
 
 
-@pytest.mark.filterwarnings("ignore:.*scheduler_config.json wins")
+@pytest.mark.filterwarnings("ignore:causvid wins over")
 def test_a_folder_that_only_diffusers_knows(family: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(family, tmp_path / "plain")
     (folder / "world.json").unlink()

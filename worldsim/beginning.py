@@ -7,7 +7,6 @@ from torch import Tensor
 from worldsim.bundle import check_numbers
 from worldsim.config import Settings
 from worldsim.pictures import read_pictures
-from worldsim.wanted import Wanted
 
 if TYPE_CHECKING:
     from worldsim.stocked import Stocked
@@ -44,15 +43,12 @@ def frame_alone(frames: int, block_frames: int) -> bool:
     return frames % block_frames == 1
 
 
-def check_beginning(wanted: Wanted, settings: Settings, frames: int, block_frames: int) -> None:
-    """What settings alone do not tell, of a session that is given so many frames.
+def check_beginning(settings: Settings, frames: int, block_frames: int) -> None:
+    """Of a session that is given so many frames.
 
     Raises:
-        ValueError: for a negative prompt that nothing heeds, or frames that are no whole blocks.
+        ValueError: for frames that are no whole blocks.
     """
-    unwanted = wanted.negative_prompt, wanted.negative_prompt_embeds
-    if settings.rows == 1 and unwanted != (None, None):
-        raise ValueError("a negative prompt does nothing without guidance: give guidance=3, say")
     if frames and (frames - settings.independent_first_frame) % block_frames:
         raise ValueError(
             f"given latents have {frames} frames, which are no whole blocks of {block_frames}"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -16,6 +16,7 @@ from worldsim.schedule import Schedule
 
 FILE = "world.json"
 UNGUIDED = 1.0  # guidance that guides nowhere: one row is enough
+KINDS: Any = {int: (int, "a whole number"), float: ((int, float), "a number"), str: (str, "text")}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class WorldConfig:
     rule: str = "clean"
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # what comes out of a file may be anything
+            kind, value = KINDS.get(field.type), getattr(self, field.name)
+            if kind is not None and (not isinstance(value, kind[0]) or isinstance(value, bool)):
+                raise ValueError(f"world: {field.name} must be {kind[1]}, got {value!r}")
         for name in ("height", "width", "block_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"world: {name} must be 1 or more, got {getattr(self, name)}")
@@ -165,8 +170,11 @@ class WorldConfig:
         path = folder / FILE
         if not path.is_file():
             raise ValueError(f"{folder} has no {FILE}: it is not a world folder")
+        told = read_config(path)
         try:
-            return cls.from_dict(read_config(path))
+            return cls.from_dict(told)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
 

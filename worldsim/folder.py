@@ -78,6 +78,10 @@ def read_decoder(folder: Path | None, dtype: torch.dtype, tiny: Path | None) -> 
         from worldsim.models.wan_vae import load_vae
 
         return load_vae(folder / DECODER, dtype)
+    if (kind := class_of(folder / DECODER)) not in ("", CausalAutoencoder.__name__):
+        raise ValueError(
+            f"{folder / DECODER} holds a {kind}, not a {CausalAutoencoder.__name__} or {WAN_VAE}"
+        )
     return load_model(CausalAutoencoder, folder / DECODER, dtype)
 
 

@@ -104,6 +104,8 @@ class Making:
                     f"known needs frames [{shape[2]}] and latents {list(shape)}, got "
                     f"{list(known.frames.shape)} and {list(known.latents.shape)}"
                 )
+            if known.frames.dtype != torch.bool:
+                raise ValueError(f"known needs frames of bool, got {known.frames.dtype}")
             known = Known(known.frames.to(device), known.latents.to(device), known.timestep)
         block, self.taken = cells[0].block, 0
         self.conditioning, self.start, self.poses = conditioning, start, poses

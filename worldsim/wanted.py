@@ -68,7 +68,7 @@ def settled(world: "Stocked", wanted: Wanted) -> Settings:
             f"this schedule reads what is {schedule.rule}",
             stacklevel=4,  # who called the world, which called for this
         )
-    return Settings(
+    found = Settings(
         seed=wanted.seed,
         schedule=schedule,
         cache=cache,
@@ -80,6 +80,10 @@ def settled(world: "Stocked", wanted: Wanted) -> Settings:
         negative_prompt=_or(wanted.negative_prompt, own.negative_prompt),
         independent_first_frame=_or(wanted.independent_first_frame, own.independent_first_frame),
     )
+    unwanted = wanted.negative_prompt, wanted.negative_prompt_embeds
+    if found.rows == 1 and unwanted != (None, None):
+        raise ValueError("a negative prompt does nothing without guidance: give guidance=3, say")
+    return found
 
 
 def _or(wanted: T | None, own: T) -> T:

@@ -117,7 +117,7 @@ class World(Stocked):
         if wanted.independent_first_frame is None and frame_alone(frames, each):
             wanted = replace(wanted, independent_first_frame=True)
         settings = settled(self, wanted)
-        check_beginning(wanted, settings, frames, each)
+        check_beginning(settings, frames, each)
         session = self.open(settings, self.ask(settings, *wanted.words), history, noise)
         try:
             while given is not None and session.frame < frames:
