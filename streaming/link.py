@@ -159,8 +159,10 @@ class Link:
         head = torch.empty(HEADER, dtype=torch.uint8)
         body = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         try:
-            dist.recv(head, source, self._group)
-            dist.recv(body, source, self._group)
+            works = [dist.irecv(part, source, self._group) for part in (head, body)]
+            for work in works:
+                if work is not None:
+                    work.wait()
         except RuntimeError as error:
             raise PeerLost(f"rank {source} is gone: {error}") from None
         self.received += 1

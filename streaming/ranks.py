@@ -199,6 +199,7 @@ class Rank:
         rank, last = self.share.rank, self.share.last
         link = self._link()
         while True:
+            link.flush()  # none waits between two ranks: a control would wait with it
             self._beat.block = session.block
             if rank == 0:
                 going, keys = self._leader.next(session)

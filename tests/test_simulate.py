@@ -33,8 +33,9 @@ def test_each_step_on_a_rank_brings_a_block_in_every_stage() -> None:
 
 def test_messages_and_links_are_on_the_way_of_every_block() -> None:
     said = told(TPP, 4, message=0.001, latency=0.004)
-    assert said.first == pytest.approx(4 * STAGE + 3 * (2 * 0.001 + 0.004))
-    assert 4 / said.fps == pytest.approx(STAGE + 2 * 0.001), "packed and unpacked by who computes"
+    assert said.first == pytest.approx(4 * STAGE + 3 * (2 * 0.001 + 0.004) + 0.001)
+    period = STAGE + 2 * 0.001 + 0.004  # packed and unpacked by who computes; none waits on the way
+    assert 4 / said.fps == pytest.approx(period)
 
 
 def test_a_slow_decoder_sets_the_pace() -> None:
@@ -43,9 +44,9 @@ def test_a_slow_decoder_sets_the_pace() -> None:
     assert said.busy[4] > 0.9 > said.busy[0]
 
 
-def test_passes_that_vary_keep_blocks_waiting_and_hardly_slow_them() -> None:
+def test_passes_that_vary_slow_the_ranks_and_keep_no_block_waiting_long() -> None:
     even, uneven = told(TPP, 4), told(TPP, 4, spread=0.1)
     assert uneven == told(TPP, 4, spread=0.1), "chance is the same at every call"
-    assert uneven.delay > 1.1 * even.delay
-    assert uneven.fps == pytest.approx(even.fps, rel=0.15)
-    assert told(TPP, 4, spread=0.2).delay > uneven.delay
+    assert even.delay < uneven.delay < 4.5 / (uneven.fps / 4), "a period for every rank, or so"
+    assert 0.8 * even.fps < uneven.fps < 0.97 * even.fps
+    assert told(TPP, 4, spread=0.2).fps < uneven.fps

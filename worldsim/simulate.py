@@ -1,8 +1,8 @@
 """What a run over ranks will be like, out of a few measured times: nothing runs.
 
-Each rank does its cells in order, each as soon as what it needs has come. A message goes on its way
-when its block is ready and the message before it has been taken; so nobody runs ahead by more than
-a block.
+Each rank does its cells in order, each as soon as what it needs has come. A rank with steps of its
+own begins no block before the next rank has taken the one before, so none waits between two of
+them; in a ring, where blocks go round, a message waits until the one before it has been taken.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Costs:
         decode: of a block.
         own_thread: a rank that has steps decodes beside them, on another core.
         batch: what a further row of a batch costs, as a share of the first one.
-        message: of packing and unpacking one, on each side.
+        message: of packing and unpacking one, on each side, and of handing over a finished block.
         latency: of a link.
         rate: of a link, bytes a second.
         latent, hidden: bytes of a message between steps, and between ranges of layers.
@@ -112,14 +112,17 @@ class _Ranks:
         """When the rank is free and all that the cells need is there."""
         rank = work[0].rank
         ready = self.free[rank]
+        if self.parts == 1 and work[0].name.kind != "commit":
+            taken = (at for (source, _), at in self.taken.items() if source == rank)
+            ready = max((ready, *taken))
         for name in (name for cell in work for name in self.grid.needs(cell)):
             there = self.grid.at[name]
             if there.rank == rank:
                 ready = max(ready, self.over[name])
             else:
-                arrives = max(self.sent[name], self.free[rank]) + self.costs.message
-                self.taken[there.rank, rank] = arrives
-                ready = max(ready, arrives)
+                ready = max(ready, self.sent[name])
+                self.taken[there.rank, rank] = ready
+                ready += self.costs.message
         return ready
 
     def _send(self, work: list[Placed], done: float) -> float:
@@ -139,6 +142,7 @@ class _Ranks:
     def _show(self, cell: Placed, done: float) -> float:
         """A block is finished with this cell; returns when its rank goes on."""
         block, costs = cell.name.block, self.costs
+        done += costs.message  # to who takes what is finished
         if cell.name.kind == "decode":
             self.shown[block] = done
         elif not self.has_decoder and costs.own_thread:
@@ -170,11 +174,12 @@ class _Ranks:
 
 
 def _in_order(grid: Grid) -> list[list[Placed]]:
-    """Work of the ranks: cells of one tick and rank together, in an order that can be run."""
+    """Work of the ranks: cells of one tick and rank together, in an order that can be run. In a
+    tick the last rank comes first: it takes a block from the one before, which can then go on."""
     groups: dict[tuple[int, int], list[Placed]] = {}
     for cell in grid.cells:
         groups.setdefault((cell.tick, cell.rank), []).append(cell)
-    return [groups[key] for key in sorted(groups)]
+    return [groups[tick, rank] for tick, rank in sorted(groups, key=lambda key: (key[0], -key[1]))]
 
 
 def _seconds(cell: Placed, costs: Costs, parts: int) -> float:
