@@ -7,7 +7,7 @@ tables share a page (copy-on-write).
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -84,7 +84,7 @@ class PagePool:
         self._made: dict[PageKind, int] = defaultdict(int)
         self._promised: dict[PageKind, int] = defaultdict(int)
         self._lock = Lock()  # streams of one world may run on threads of their own
-        self._dropped: SimpleQueue[Sequence[int]] = SimpleQueue()
+        self._later: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     @property
     def nbytes(self) -> int:
@@ -118,6 +118,7 @@ class PagePool:
         Raises:
             ValueError: where there is no memory for them.
         """
+        self._collect()
         with self._lock:
             for kind, pages in needs.items():
                 self._grow(kind, self._promised[kind] + pages - self._made[kind])
@@ -159,18 +160,17 @@ class PagePool:
             if self._count[page] == 0:
                 self._free[self._pages[page].kind].append(page)
 
-    def drop(self, pages: Sequence[int]) -> None:
-        """Drop a reference to each of these pages, some time before a page is next asked for.
+    def later(self, give_back: Callable[[], None]) -> None:
+        """Have pages given back some time before one is next asked for.
 
         For finalizers: garbage is collected anywhere, also while this very thread holds the lock.
         """
-        self._dropped.put(pages)
+        self._later.put(give_back)
 
     def _collect(self) -> None:
-        while not self._dropped.empty():
+        while not self._later.empty():
             with suppress(Empty):  # another thread was faster
-                for page in self._dropped.get_nowait():
-                    self.release(page)
+                self._later.get_nowait()()
 
     # --- what is in them --------------------------------------------------------------------------
     def kind(self, page: int) -> PageKind:

@@ -140,6 +140,7 @@ class ContextView:
             self._runs = tuple(self._grouped(layout))
         else:
             wanted, stale = self._wanted(layout)
+            self._written = {}  # until all are there: it may be broken off
             for run in self._grouped(stale):
                 self._fill_all(run)
             self._written = wanted

@@ -132,8 +132,9 @@ class Course:
         """From here on the player goes himself."""
         if self._replay is not None:
             replay, self._replay = self._replay, None
-            self._session = self.session.fork()
-            replay.close()  # and with it its own session
+            old, self._session = self.session, self.session.fork()
+            replay.close()
+            old.close()  # which a replay does only where it has begun
 
     def rewind(self, block: int) -> None:
         """Go back to right before a block, or the first that was not given. It is there once

@@ -14,7 +14,7 @@ from torch import Tensor
 from worldsim.cache.policy import Entry, Mid, Table
 from worldsim.cache.pool import layer_axes
 from worldsim.saving import Saved
-from worldsim.state import Moment
+from worldsim.state import Decoding, Moment
 
 Item = TypeVar("Item")
 APART = "the ranks' states do not belong together"
@@ -73,6 +73,7 @@ def portion(saved: Saved, lanes: Container[int], layers: range | None) -> Saved:
     return replace(
         saved,
         pages=tuple(pages),
+        decoding=Decoding(),  # which another rank does
         tables={
             lane: tuple(
                 _of_tables([table.moved(number.__getitem__)], lambda parts: parts[0][here])

@@ -637,6 +637,14 @@ def test_a_run_keeps_no_more_to_rewind_to_than_its_player_may(world: World, tmp_
     course = Course(lambda seed: world.session(seed=seed), history=0)
     course.follow(Replay(world, read_run(tmp_path / "run.wsrun")))
     assert course.session.history.most == 0
+    pool = world.pool_of(world.config.size)
+    for _ in range(3):  # no block of it was made yet
+        course.follow(Replay(world, read_run(tmp_path / "run.wsrun")))
+        course.take_over()
+    promised = dict(pool._promised)
+    course.follow(Replay(world, read_run(tmp_path / "run.wsrun")))
+    course.take_over()
+    assert promised == dict(pool._promised), "its own session is gone"
     course.close()
 
 

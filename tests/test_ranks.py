@@ -140,11 +140,21 @@ def test_a_run_goes_on_from_its_saved_state(
     for again_over in (1, 2, 3):
         resume, mark = str(serial_state), world.fingerprint
         with opened(
-            folder, world, name, 3, again_over, resume=resume, fingerprint=mark
+            folder,
+            world,
+            name,
+            3,
+            again_over,
+            resume=resume,
+            fingerprint=mark,
+            saves=str(tmp_path / f"over-{again_over}"),
+            every=1,
         ) as spread_out:
             for mine, theirs in zip(spread_out.blocks(), expected[4:], strict=True):
                 assert torch.equal(mine.latents, theirs.latents), (again_over, mine.index)
                 assert (mine.frames == theirs.frames).all()
+        with gathered(world, str(tmp_path / f"over-{again_over}" / "block-000005")) as saved:
+            assert (saved.block, saved.decoded) == (5, 5)
     with (
         opened(folder, world, name, 3, 2, resume=resume, fingerprint="another") as other,
         pytest.raises(ValueError, match="with other weights"),

@@ -3,12 +3,15 @@
 import gc
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import MakeWorld
 from test_events import LINES
 
 from worldsim.history import History
+from worldsim.replay import Replay, read_run
 from worldsim.session import Session
 from worldsim.state import Block
 from worldsim.world import World
@@ -219,3 +222,99 @@ def test_snapshots_of_elsewhere_are_refused(world: World, wide: World) -> None:
             session.restore(taken(world, seed=2))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="of another world"):
             session.restore(taken(wide, seed=1))  # type: ignore[arg-type]
+
+
+# --- broken off -----------------------------------------------------------------------------------
+def broken(
+    patch: pytest.MonkeyPatch, owner: object, name: str, calls: int = 1, after: bool = False
+) -> None:
+    """Have one call of a method be ended by a Ctrl-C before or ``after`` its work."""
+    real, left = getattr(owner, name), [calls]
+
+    def once(*arguments: object, **options: object) -> object:
+        left[0] -= 1
+        told = real(*arguments, **options) if left[0] or after else None
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return told
+
+    patch.setattr(owner, name, once)
+
+
+def test_a_session_that_nobody_closes_gives_everything_back(make_world: MakeWorld) -> None:
+    world, sizes = make_world(), set()
+    for seed in range(4):
+        session = world.session(seed=seed, cache="recent=3", history=HISTORY)
+        roam(session, 5)
+        pool = world.pool_of(world.config.size)
+        sizes.add((pool.nbytes, sum(pool._promised.values())))
+        del session
+        gc.collect()
+    assert len(sizes) == 1 and pool.used_pages == 0
+    assert not any(pool._promised.values())
+    with world.session() as session:
+        session.step()
+    with pytest.raises(ValueError, match="is closed"):
+        session.memory_report()
+
+
+def test_a_step_broken_off_while_it_decodes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with world.session(seed=3) as session:
+        straight = roam(session, 8)
+    for go_on in ("step", "snapshot", "rewind"):
+        with world.session(seed=3) as session:
+            roam(session, 4)
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                broken(patch, world.autoencoder, "decode")
+                roam(session, 1)
+            if go_on == "snapshot":
+                session.restore(session.snapshot())
+            if go_on == "rewind":
+                session.rewind(2)
+            at = session.block
+            assert same(roam(session, 3), straight[at : at + 3])
+
+
+def test_a_rewind_broken_off_can_be_recorded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.wsrun"
+    with world.session("red brick", seed=3) as session:
+        session.record(path)
+        with pytest.raises(ValueError, match=r"recorded already, to .*run\.wsrun"):
+            session.record(path)
+        straight = roam(session, 6)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            broken(patch, session, "denoise", 3)
+            session.rewind(4)
+        assert session.block == 2
+        assert same(roam(session, 4), straight[2:])
+    assert len(list(Replay(world, read_run(path)))) == 10
+
+
+def test_a_view_broken_off_while_it_is_filled(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with world.session(seed=3, cache="sink=1,recent=3,positions=packed") as session:
+        roam(session, 6)
+        early = session.snapshot()
+        roam(session, 4)
+        late = session.snapshot()
+        straight = roam(session, 1)
+        session.restore(early)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            broken(patch, session.view, "_fill", after=True)
+            roam(session, 1)
+        session.restore(late)  # whose pages the view held before, and holds no more
+        assert same(roam(session, 1), straight)
+
+
+def test_noise_of_the_callers_goes_with_a_snapshot(world: World) -> None:
+    def noise(block: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.full(shape, 0.1 * block + step)
+
+    with world.session(noise=noise) as own, world.session() as seeded:
+        own.step()
+        with pytest.raises(ValueError, match="under other settings"):
+            seeded.restore(own.snapshot())
+        own.fork().restore(own.snapshot())

@@ -73,7 +73,7 @@ class WorldConfig:
         for name in ("height", "width", "block_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"world: {name} must be 1 or more, got {getattr(self, name)}")
-        if self.fps <= 0:
+        if not self.fps > 0:  # nor NaN
             raise ValueError(f"world: fps must be above 0, got {self.fps}")
         if self.sampler not in SAMPLERS:
             raise ValueError(
@@ -215,6 +215,8 @@ class Settings:
     independent_first_frame: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in 0…2⁶⁴-1, got {self.seed}")
         if not 0 <= self.guidance < float("inf"):

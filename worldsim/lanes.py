@@ -5,6 +5,7 @@ cost nothing; the pages that they may need are promised, and the buffers that at
 made, when the lanes are first read: a fork that makes no block costs no more than its tables.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Container, Mapping
 from functools import partial
@@ -50,6 +51,10 @@ class Lanes:
         }
         self._views: Views = {}
         self._promised: Counter[PageKind] = Counter()
+        # Of a session that nobody closes, too, and that nobody has any more.
+        give_back = partial(_give_back, pool, self.contexts, self._promised)
+        self._end = weakref.finalize(self, pool.later, give_back)
+        self._end.atexit = False
 
     def __contains__(self, lane: object) -> bool:
         return lane in self._contexts
@@ -66,7 +71,13 @@ class Lanes:
 
     @property
     def views(self) -> Views:
-        """What passes read and stage."""
+        """What passes read and stage.
+
+        Raises:
+            ValueError: if they are closed.
+        """
+        if not self._end.alive:
+            raise ValueError("this session is closed: open a new one")
         if not self._views:
             self.wake()
         return self._views
@@ -94,7 +105,7 @@ class Lanes:
         except BaseException:
             self.pool.give_back(needs)  # out of memory: nobody may keep a promise of pages
             raise
-        self._promised = needs
+        self._promised.update(needs)
 
     def prepare(self, start: int, frames: int, pose: Pose | None) -> None:
         """Bring what the next passes read up to date."""
@@ -126,11 +137,17 @@ class Lanes:
 
     def close(self) -> None:
         """Give the pages back."""
-        for context in self.contexts:
-            context.close()
-        self.pool.give_back(self._promised)
-        self._promised = Counter()
+        self._end.detach()
+        self._views = {}
+        _give_back(self.pool, self.contexts, self._promised)
 
     def _needs(self, block_frames: int) -> Counter[PageKind]:
         """Pages that they ever hold, with blocks of so many frames in the making."""
         return sum((context.needs(block_frames) for context in self.contexts), Counter[PageKind]())
+
+
+def _give_back(pool: PagePool, contexts: list[Context], promised: Counter[PageKind]) -> None:
+    for context in contexts:
+        context.close()
+    pool.give_back(promised)
+    promised.clear()

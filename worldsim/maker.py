@@ -436,7 +436,9 @@ class Maker:
         # Many snapshots may be kept, and none of them needs keys and values of its prompt.
         moment = replace(self.now, asked=self.asked.bare())
         pool = self._lanes.pool
-        return Snapshot(self.settings, moment, self.decoding, *self._lanes.tables(), pool)
+        return Snapshot(
+            self.settings, moment, self.decoding, *self._lanes.tables(), pool, self._noise
+        )
 
 
 def heeded(held: Held, frame: int) -> Held:

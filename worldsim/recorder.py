@@ -60,6 +60,8 @@ class RunFile:
 
     def made(self, played: Played, block: Block, branch: int = 0) -> None:
         """A block has been made."""
+        if self.error is not None:
+            return None
         if played.known is not None or any(_embeds(change) for change in played.changes):
             return self._stop("known frames and prompt_embeds cannot be recorded")
         told: dict[str, Any] = {"block": block.index, "hash": digest_of(block.latents)}

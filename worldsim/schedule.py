@@ -105,7 +105,7 @@ class Schedule:
                 raise ValueError(
                     f"schedule: steps must be descending numbers in 0…{TABLE_SIZE}, got {steps}"
                 )
-        if self.shift <= 0:
+        if not self.shift > 0:  # nor NaN
             raise ValueError(f"schedule: shift must be above 0, got {self.shift}")
         if not 0 <= self.context_timestep <= TABLE_SIZE:
             raise ValueError(f"schedule: context_timestep must be in 0…{TABLE_SIZE}")

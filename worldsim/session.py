@@ -48,6 +48,7 @@ class Session(Maker):
         """See `Maker`."""
         super().__init__(world, settings, asked, noise, history, awake, lanes)
         self.recorder: Recorder | None = None
+        self._left: Block | None = None  # made by `step`, and not decoded yet
         self._going = Flag()
         self._going.set()
 
@@ -93,7 +94,7 @@ class Session(Maker):
             ValueError: for a key or prompt that this world does not know.
         """
         if isinstance(buttons, str):
-            raise ValueError(f"control: buttons is a set of codes, as in {{{buttons!r}}}")
+            raise ValueError("control: buttons is a set of codes, as in {'KeyW'}")
         newest = self.now.held.newest
         if state is None:
             keys = newest.buttons if buttons is None else frozenset(buttons)
@@ -134,7 +135,10 @@ class Session(Maker):
             raise ValueError("this session is paused: resume() it first")
         for given in self.given[self.decoded :]:
             self.decode(given)  # the decoder remembers what it began with
-        return self.decode(self.denoise(keys, on_step, known))
+        self._finish()
+        block = self._left = self.denoise(keys, on_step, known)
+        self._finish()
+        return block
 
     def __iter__(self) -> Iterator[Block]:
         """Blocks for ever; while it is paused, the next one waits."""
@@ -174,6 +178,12 @@ class Session(Maker):
         carry = decode(self.world.autoencoder, block, self.carry)
         self.decoding = Decoding(self.decoded + 1, carry)
         return block
+
+    def _finish(self) -> None:
+        """Decode what `step` has made, also where that was broken off before."""
+        if self._left is not None and self._left.index == self.decoded:
+            self.decode(self._left)
+        self._left = None
 
     def _accept(
         self, made: Made, known: Known | None = None, given: Tensor | None = None
@@ -243,7 +253,7 @@ class Session(Maker):
         Raises:
             ValueError: for one of other settings, or of another world.
         """
-        if snapshot.settings != self.settings:
+        if snapshot.settings != self.settings or snapshot.noise is not self._noise:
             raise ValueError("this snapshot was taken under other settings: open a session like it")
         if self._closed or snapshot.pool is not self.context.pool:
             raise ValueError(
@@ -258,7 +268,7 @@ class Session(Maker):
 
     def _go_to(self, snapshot: Snapshot) -> None:
         asked = self._in_full(snapshot.moment.asked)
-        self._pending = None
+        self._pending = self._left = None
         self._lanes.restore(snapshot.tables, snapshot.newest)
         self.now, self.decoding = replace(snapshot.moment, asked=asked), snapshot.decoding
         self.history.go_to(snapshot)
@@ -285,17 +295,17 @@ class Session(Maker):
             ValueError: for a block that it has not come to, or the way to which is forgotten; if
                 blocks that it made still have to be decoded.
         """
-        seen = self.decoded > 0
+        seen, before = self.decoded > 0, self.now
         recorder, self.recorder = self.recorder, None  # what is made again is no news
         try:
             for played in self.go_back(to_block):
                 block = self.play(played)
                 if seen:
                     self.decode(block)
-        finally:
+        finally:  # it may be broken off, and stand anywhere
             self.recorder = recorder
-        if recorder is not None:
-            recorder.rewound(self, to_block)
+            if recorder is not None and self.now is not before:
+                recorder.rewound(self, self.block)
 
     def go_back(self, to_block: int) -> tuple[Played, ...]:
         """The first half of `rewind`: go on from the nearest snapshot that is kept. Returns how the
@@ -325,6 +335,7 @@ class Session(Maker):
         self.now = replace(self.now, held=played.held)
 
     def _check_in_step(self, what: str) -> None:
+        self._finish()
         if not self._in_step:
             raise ValueError(
                 f"block {self.decoded} is not decoded yet: decode all blocks before {what}"
@@ -345,10 +356,13 @@ class Session(Maker):
 
         Raises:
             ValueError: if it has made blocks already (given ones may be there), or has what no file
-                can hold.
+                can hold, or is being recorded.
             OSError: where it cannot be written.
         """
         from worldsim.recorder import Recorder
+
+        if self.recorder is not None:
+            raise ValueError(f"this session is recorded already, to {self.recorder.path}")
 
         self.recorder = Recorder(path, self)
         return self.recorder

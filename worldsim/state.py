@@ -5,8 +5,9 @@ are all the same act, going on from one.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from worldsim.config import Settings
 from worldsim.controls import ControlState, Held, Keys
 from worldsim.models.autoencoder import Carry
 from worldsim.models.transformer import Conditioning
-from worldsim.rollout import Known
+from worldsim.rollout import Known, Noise
 
 ORIGIN: Pose = (0.0, 0.0, 0.0)
 
@@ -207,6 +208,7 @@ class Snapshot:
 
     Attributes:
         settings, moment, decoding: see there.
+        noise: where it is a function of the caller's.
         tables: page tables of each lane and row.
         newest: the newest block that each lane and row has committed.
         pool: where the pages are.
@@ -220,8 +222,10 @@ class Snapshot:
         tables: Tables,
         newest: Mapping[int, tuple[int | None, ...]],
         pool: PagePool,
+        noise: Noise | None = None,
     ) -> None:
         self.settings = settings
+        self.noise = noise
         self.moment = moment
         self.decoding = decoding
         self.tables = tables
@@ -230,9 +234,14 @@ class Snapshot:
         pages = [entry.page for rows in tables.values() for table in rows for entry in table]
         for page in pages:
             pool.retain(page)
-        weakref.finalize(self, pool.drop, pages).atexit = False
+        weakref.finalize(self, pool.later, partial(_release, pool, pages)).atexit = False
 
     @property
     def block(self) -> int:
         """Number of the block that comes next."""
         return self.moment.block
+
+
+def _release(pool: PagePool, pages: Sequence[int]) -> None:
+    for page in pages:
+        pool.release(page)

@@ -5,6 +5,7 @@ What it is to people. Loading is the business of `worldsim.loaded`, what its ses
 """
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -315,9 +316,9 @@ class World(Stocked):
         on_step: OnStep | None,
         record: str | Path | None,
     ) -> Iterator[Block]:
-        with opened() as session:
+        with opened() as session, ExitStack() as stack:
             if record is not None:
-                session.record(record)
+                stack.callback(session.record(record).close)
             for block in session.given[:blocks]:
                 yield session.decode(block) if decoding else block
             while blocks is None or session.block < blocks:
