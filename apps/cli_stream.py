@@ -79,7 +79,7 @@ def stream(
         int, typer.Option(help="Blocks after which ranks save their state beside the file.")
     ] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an .mp4 that was broken off.")
+        bool, typer.Option("--resume", help="Go on with an .mp4 of ranks that was broken off.")
     ] = False,
 ) -> None:
     """Walk through a world and write what one sees, as it is made."""

@@ -36,9 +36,9 @@ function connect() {
   };
 }
 
+const open = () => state.socket !== null && state.socket.readyState === WebSocket.OPEN;
 function send(type, fields) {
-  if (state.socket && state.socket.readyState === WebSocket.OPEN)
-    state.socket.send(JSON.stringify({ type, ...fields }));
+  if (open()) state.socket.send(JSON.stringify({ type, ...fields }));
 }
 
 function slow() {
@@ -67,7 +67,7 @@ const heard = {
   },
   waiting(told) {
     state.opened = true;
-    show("waiting", `All ${told.capacity} places are taken. You are number ${told.place} in the queue; this page starts by itself.`);
+    show("waiting", `${told.capacity === 1 ? "The only place is" : `All ${told.capacity} places are`} taken. You are number ${told.place} in the queue; this page starts by itself.`);
   },
   receipt() {},
   notice(told) { notice(told.text); },
@@ -175,7 +175,7 @@ function painted(told, now) {
     if (!Number.isNaN(told.pose[0])) { state.path.push([told.block, ...told.pose]); state.path.splice(0, state.path.length - 4096); plot(); }
     timeline(told.block + 1, state.oldest);
   }
-  if ($(".badge").dataset.state !== status()) show(status());
+  if (open() && $(".badge").dataset.state !== status()) show(status()); // not over what says that it is lost
 }
 
 function hash(bytes) { // FNV-1a
@@ -202,8 +202,7 @@ function press(name, down, time) {
 }
 function release() { for (const name of [...state.held]) press(name, false, performance.now()); }
 
-const listeners = new AbortController();
-const on = (target, kind, act, more) => target.addEventListener(kind, act, { signal: listeners.signal, ...more });
+const on = (target, kind, act, more) => target.addEventListener(kind, act, more);
 on(window, "keydown", (event) => {
   const name = code(event);
   if (!name || event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;
@@ -215,15 +214,16 @@ on(window, "blur", release);
 on(document, "visibilitychange", () => { if (document.hidden) release(); });
 on(window, "pagehide", () => state.socket && state.socket.close());
 
-// Mouse and wheel, where the world heeds them: summed up between two pictures of the browser's.
+// Mouse and wheel, where the world heeds them: summed up, and told at most so often.
+const SUMMED = 8; // ms
 const moved = { look: [0, 0], scroll: 0, time: 0 };
 const takes = (name) => state.hello && state.hello.analog.includes(name);
 function flow(time) {
-  if (!moved.time) requestAnimationFrame(() => {
+  if (!moved.time) setTimeout(() => {
     state.event += 1;
     send("control", { id: state.event, t: moved.time, buttons: [...state.held], ...(takes("look") && { look: moved.look }), ...(takes("scroll") && { scroll: moved.scroll }) });
     Object.assign(moved, { look: [0, 0], scroll: 0, time: 0 });
-  });
+  }, SUMMED);
   moved.time = time;
 }
 canvas.onclick = () => { canvas.focus({ preventScroll: true }); if (takes("look") && !document.pointerLockElement) canvas.requestPointerLock(); };
@@ -312,6 +312,8 @@ function timeline(block, oldest) {
 function branches(list) {
   const box = $(".branches");
   box.replaceChildren();
+  for (const number of Object.keys(state.thumbs)) // a new fork of that number is another moment
+    if (!list.some((branch) => branch.number === Number(number))) delete state.thumbs[number];
   for (const branch of list) {
     const button = document.createElement("button");
     button.type = "button";
@@ -421,14 +423,17 @@ $(".prompt").onsubmit = (event) => {
 const bar = $(".timeline");
 bar.oninput = () => { state.scrubbing = true; $(".now").textContent = clock(seconds(Number(bar.value))); };
 bar.onchange = () => { state.scrubbing = false; send("rewind", { block: Number(bar.value) }); bar.blur(); };
+bar.onblur = bar.onpointerup = bar.onpointercancel = () => { state.scrubbing = false; }; // let go where it was: no change
 for (const [button, input, path] of [[".begin", ".file-picture", "picture"], [".load", ".file-run", "run"]]) {
   $(button).onclick = () => $(input).click();
   $(input).onchange = async (event) => {
     const file = event.target.files[0];
-    if (!file) return;
-    const answer = await fetch(`${root}/worldsim/${state.hello.key}/${path}`, { method: "POST", body: file });
+    if (!file || !state.hello) return;
+    try {
+      const answer = await fetch(`${root}/worldsim/${state.hello.key}/${path}`, { method: "POST", body: file });
+      if (!answer.ok) notice(await answer.text());
+    } catch { notice("The file did not arrive: try again."); }
     event.target.value = "";
-    if (!answer.ok) notice(await answer.text());
   };
 }
 $(".again").onclick = () => { state.opened = false; connect(); };

@@ -25,7 +25,7 @@ from worldsim.apps.connection import Connection
 from worldsim.apps.doctor import readable
 from worldsim.apps.doctor import room as free_bytes
 from worldsim.apps.files import give_files, take_files
-from worldsim.apps.guard import Guard, is_loopback
+from worldsim.apps.guard import Guard, check_origin, is_loopback
 from worldsim.apps.opening import open_world
 from worldsim.apps.page import head, page, theme
 from worldsim.apps.room import Room, capacity
@@ -74,15 +74,24 @@ def run(options: PlayOptions) -> None:
         port = sock.getsockname()[1]
         world = playable(options)
         with opened(world, options) as room:
+            app, many = build(room, options, token), "" if room.capacity == 1 else "s"
             console.print(
                 f"worldsim: {world.config.name}, {world.config.width}×{world.config.height} at "
-                f"{world.config.fps:g} fps · up to {room.capacity} players, "
+                f"{world.config.fps:g} fps · up to {room.capacity} player{many}, "
                 f"{readable(world.memory_report(options.setting.cache).session)} each"
             )
-            query = f"?token={token}" if token else ""
-            shown = f"[{options.host}]" if ":" in options.host else options.host
-            console.print(f"worldsim: open http://{shown}:{port}{options.root_path}/{query}")
-            serve(build(room, options, token), sock)
+            console.print(f"worldsim: open {address(options, port, token)}")
+            serve(app, sock)
+
+
+def address(options: PlayOptions, port: int, token: str | None) -> str:
+    """Where the page is: behind a proxy that is the proxy's to say, by --allow-origin."""
+    query = f"/?token={token}" if token else "/"
+    if options.root_path:
+        origin = next(iter(options.allow_origin), "your proxy: ").rstrip("/")
+        return f"{origin}{options.root_path}{query} (it passes that on to port {port} here)"
+    host = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{query}"
 
 
 def check(options: PlayOptions) -> str | None:
@@ -110,6 +119,8 @@ def check(options: PlayOptions) -> str | None:
         not options.root_path.startswith("/") or options.root_path.endswith("/")
     ):
         raise ValueError(f"--root-path is like /play, got {options.root_path!r}")
+    for origin in options.allow_origin:
+        check_origin(origin)
     return token
 
 
@@ -152,7 +163,7 @@ def opened(world: World, options: PlayOptions) -> Iterator[Room]:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket; port 0 is any that is free.
+    """A socket that takes connections from now on; port 0 is any that is free.
 
     Raises:
         OSError: in one line, if it is taken.
@@ -162,6 +173,10 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen(128)  # the page may be asked for before it is served
+    except socket.gaierror as error:
+        sock.close()
+        raise OSError(f"this machine has no address {host}: give another --host") from error
     except OSError as error:
         sock.close()
         line = f"cannot listen on {host}:{port}: {error.strerror or error}: give another --port"

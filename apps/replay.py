@@ -53,6 +53,8 @@ def run_again(options: ReplayOptions) -> None:
         if options.out is not None:
             scale = options.scale or (1 if options.out == "-" else shown_scale(world))
             sink = stack.enter_context(open_sink(options.out, world.config.fps, scale))
+        if not run.blocks:
+            raise ValueError(f"{options.run} holds no block")
         made = 0
         try:
             for _, block in track(replay, "blocks", run.blocks, console=console):

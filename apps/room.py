@@ -98,8 +98,8 @@ class Room:
             recording=Recording(self.folder / f"{key}.mp4", config.fps, shown_scale(self.world)),
             changed=changed,
         )
-        self.players[key] = player
         self.turns.add(player)
+        self.players[key] = player
         return key, player
 
     def leave(self, key: str, why: str) -> None:

@@ -16,6 +16,7 @@ from worldsim.apps.length import latents_asked, length
 from worldsim.apps.opening import open_world, shown_scale
 from worldsim.apps.setting import Setting
 from worldsim.state import Block
+from worldsim.streaming.faults import RankFailed
 from worldsim.streaming.overlap import overlapped
 from worldsim.streaming.pipeline import Writer
 from worldsim.streaming.sinks import Sink, SinkClosed, check_writable, open_sink
@@ -61,6 +62,7 @@ class Tally:
     pictures: int = 0
     first: float = 0.0
     interrupted: bool = False
+    failed: RankFailed | None = None
 
     def add(self, pictures: int) -> None:
         self.blocks += 1
@@ -95,7 +97,7 @@ def run(options: StreamOptions) -> None:
         if not stream_ranks.delivers(ranks):
             return stream_ranks.pass_on(shared, parts)
         if options.resume:
-            shared, kept = stream_ranks.resumed(shared, parts, world, options.out)
+            shared, kept = stream_ranks.resumed(shared, parts, world, options.out, pictures)
         made = partial(
             stream_ranks.over_ranks, shared, parts, world,
             pictures=pictures - kept, threads=options.threads,
@@ -103,6 +105,8 @@ def run(options: StreamOptions) -> None:
     # A pipe gets the world's own pixels, a file what people can see.
     scale = options.scale or (1 if options.out == "-" else shown_scale(world))
     sink = open_sink(options.out, fps, scale, kept)
+    if ranks > 1 and not kept:
+        stream_ranks.forget_states(options.out)
     if options.compile:
         _compile(world, options, console)
     profile = _profile(world, options, count)
@@ -110,6 +114,8 @@ def run(options: StreamOptions) -> None:
     _summary(console, world, options, fps, tally)
     if profile is not None:
         profile.report(console)
+    if tally.failed is not None:
+        raise tally.failed
 
 
 def _checked(options: StreamOptions) -> int:
@@ -127,6 +133,9 @@ def _checked(options: StreamOptions) -> int:
         check_writable(options.profile)
     if options.record is not None:
         check_writable(options.record)
+    written = [Path(p).resolve() for p in (options.out, options.record, options.profile) if p]
+    if len(set(written)) < len(written):
+        raise ValueError("the pictures, --record and --profile each want a file of their own")
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks must be 1 or more, got {options.ranks}")
     ranks = stream_ranks.under_torchrun() or options.ranks or 1
@@ -135,6 +144,8 @@ def _checked(options: StreamOptions) -> int:
             f"--device {options.device} is a single one, and each rank wants its own: give "
             f"--device {options.device.partition(':')[0]}"
         )
+    if options.save_every < 0:
+        raise ValueError(f"--save-every must be 1 or more, got {options.save_every}")
     if ranks == 1 and (options.resume or options.save_every):
         raise ValueError("--save-every and --resume go with --ranks 2 or more")
     return ranks
@@ -209,6 +220,8 @@ def _write(
                     _follow(made(writer), pictures, tally, profile, console)
                 except KeyboardInterrupt:
                     tally.interrupted = True
+                except RankFailed as error:  # what it made is there, and is told first
+                    tally.interrupted, tally.failed = True, error
         except SinkClosed:
             tally.interrupted = True
     tally.pictures = writer.pictures  # an interrupted hand-over is still written
@@ -252,8 +265,11 @@ def _summary(
     where = f"pages {world.pool.nbytes / 2**20:.1f} MiB"
     if world.transformer.device.type == "meta":
         where = "over ranks"
+    if tally.failed is not None and options.out.endswith(".mp4"):
+        where += " · the same command with --resume goes on"
     console.print(
         f"{'stopped: ' if tally.interrupted else ''}{tally.pictures} pictures ({seconds:.1f} s) to "
         f"{options.out} · {tally.fps:.0f} fps · first picture {tally.first:.2f} s after loading · "
-        f"seed {options.seed} · {dtype} · {where}"
+        f"seed {options.seed} · {dtype} · {where}",
+        soft_wrap=True,
     )

@@ -1,8 +1,9 @@
 """`worldsim stream --ranks N`, and under torchrun: a stream whose work is shared out."""
 
 import os
+import shutil
 from collections.abc import Generator, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,9 @@ import torch
 from worldsim.apps.opening import DTYPES, MADE, open_share, open_world
 from worldsim.blueprint import world_of_folder
 from worldsim.bundle import auto_dtype, check_device, locate
+from worldsim.config import Settings
 from worldsim.models.autoencoder import GROUP
+from worldsim.saving import settings_of
 from worldsim.share import Share, shares
 from worldsim.state import Block
 from worldsim.streaming.kept import states
@@ -108,9 +111,10 @@ def saves_of(out: str) -> Path:
     return Path(f"{out}.state")
 
 
-def resumed(run: Run, parts: list[Share], world: World, out: str) -> tuple[Run, int]:
+def resumed(run: Run, parts: list[Share], world: World, out: str, wanted: int) -> tuple[Run, int]:
     """The run as it goes on, and how many pictures of ``out`` are kept: from the newest state whose
-    pictures are all there, else from the beginning, which makes the very same again.
+    pictures are all there, else from the beginning, which makes the very same again. ``wanted``:
+    pictures in all.
 
     Raises:
         ValueError: for what cannot be continued.
@@ -121,12 +125,35 @@ def resumed(run: Run, parts: list[Share], world: World, out: str) -> tuple[Run, 
     lanes = len(settings.schedule.lanes) if settings.schedule.order == "layers" else 1
     files = 1 + lanes * sum(bool(part.steps) for part in parts)
     there, each = kept_pictures(Path(out)), world.config.block_frames
+    if there >= wanted:
+        raise ValueError(f"{out} has {there} pictures already, and {wanted} are asked for")
     for block, state in states(saves_of(out), files):
         first = 1 if settings.independent_first_frame else each
         pictures = 1 + GROUP * (first + (block - 1) * each - 1)
         if pictures <= there:
+            _check_alike(settings, settings_of(world, next(state.glob("rank-*"))), out)
             return replace(run, resume=str(state)), pictures
     return run, 0
+
+
+def _check_alike(asked: Settings, saved: Settings, out: str) -> None:
+    """Refuse to go on under other settings than before."""
+    differ = []
+    for name in (field.name for field in fields(Settings)):
+        mine, before = getattr(asked, name), getattr(saved, name)
+        if mine != before:
+            shown = isinstance(before, str | int | float)
+            differ.append(f"{name} {before} (not {mine})" if shown else name)
+    if differ:
+        raise ValueError(
+            f"{out} was made under other settings: {', '.join(differ)}; give the same, or begin it "
+            "anew without --resume"
+        )
+
+
+def forget_states(out: str) -> None:
+    """Drop the states of an older stream to ``out``, which begins anew."""
+    shutil.rmtree(saves_of(out), ignore_errors=True)
 
 
 def delivered(

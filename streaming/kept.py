@@ -5,6 +5,7 @@ drained, and all files together are what a serial session would be at that block
 """
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from worldsim.streaming.split import merged, stacked
 from worldsim.world import World
 
 DECODER = "decoder.safetensors"
+KEPT = 8  # states: pictures come some blocks after the states of their blocks
 
 
 def file_of(folder: str | Path, rank: int, lane: int | None = None) -> Path:
@@ -27,37 +29,51 @@ def file_of(folder: str | Path, rank: int, lane: int | None = None) -> Path:
     return Path(folder, f"rank-{rank}" + ("" if lane is None else f"-{lane}") + ".safetensors")
 
 
-def keep(session: Session, folder: str | Path, rank: int, lane: int | None = None) -> None:
-    """Write a rank's state."""
+def keep(
+    session: Session, folder: str | Path, saves: str | None, rank: int, lane: int | None = None
+) -> None:
+    """Write a rank's state; of those in the run's own folder (``saves``) the newest few stay."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save(session, file_of(folder, rank, lane))
+    _drop(_of_run(saves)[:-KEPT], file_of("", rank, lane).name)
 
 
 def forget(saves: str | None, back: int, rank: int, lane: int | None = None) -> None:
     """Drop what a rank has written of later blocks than ``back``: they are made anew."""
-    for folder in _later(saves, back):
-        file_of(folder, rank, lane).unlink(missing_ok=True)
+    _drop(_later(saves, back), file_of("", rank, lane).name)
 
 
 def forget_decoder(saves: str | None, back: int) -> None:
     """The same of the decoder."""
-    for folder in _later(saves, back):
-        Path(folder, DECODER).unlink(missing_ok=True)
+    _drop(_later(saves, back), DECODER)
+
+
+def _of_run(saves: str | None) -> list[Path]:
+    """Its states, the oldest first."""
+    return [] if saves is None else sorted(Path(saves).glob("block-*"))
 
 
 def _later(saves: str | None, back: int) -> list[Path]:
-    folders = [] if saves is None else list(Path(saves).glob("block-*"))
-    return [folder for folder in folders if int(folder.name.rpartition("-")[2]) > back]
+    return [f for f in _of_run(saves) if int(f.name.rpartition("-")[2]) > back]
 
 
-def keep_decoder(folder: str | Path, decoding: Decoding) -> None:
-    """Write what the decoder goes on from."""
+def _drop(folders: list[Path], name: str) -> None:
+    """Every process drops its own file; the last one also the folder."""
+    for folder in folders:
+        (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # others are in it, or it is gone
+            folder.rmdir()
+
+
+def keep_decoder(folder: str | Path, saves: str | None, decoding: Decoding) -> None:
+    """Write what the decoder goes on from; see `keep`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     pack, target = Pack(), Path(folder, DECODER)
     header = {HEADER: json.dumps(pack.plain(decoding))}
     part = target.with_name(f".{target.name}.part")
     save_file(pack.tensors or {"none": torch.zeros(0)}, part, header)
     part.replace(target)
+    _drop(_of_run(saves)[:-KEPT], DECODER)
 
 
 def read_decoder(world: World, folder: str | Path) -> Decoding:

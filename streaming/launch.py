@@ -17,7 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from pickle import UnpicklingError
-from threading import Event, Thread, Timer
+from threading import Event, Lock, Thread, Timer
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,8 @@ class Ranks:
         self._stream: Generator[Block, None, None] | None = None
         self._over = Event()
         self._newest = -1  # block that came
+        self._lock = Lock()  # states are asked for on one thread and written for on another
+        self._ended = False
         self._snapshots: dict[str, tuple[Future[Path], set[int]]] = {}
         start = context()
         self._results: list[Connection] = []
@@ -139,9 +141,11 @@ class Ranks:
                 else:
                     self.ran[rank], self.messages[rank] = value
         self._over.wait()
-        for future, _ in self._snapshots.values():
+        with self._lock:
+            self._ended, waiting = True, list(self._snapshots.values())
+            self._snapshots.clear()
+        for future, _ in waiting:
             future.set_exception(ValueError("the run has ended before its state was written"))
-        self._snapshots.clear()
         if self._failure is not None:
             raise self._failure.error()
 
@@ -166,13 +170,19 @@ class Ranks:
         ValueError where the run ends before.
 
         Raises:
-            ValueError: for a run along a script that has no ``saves``: that is made again instead.
+            ValueError: for a run along a script that has no ``saves``: that is made again instead;
+                for one that has ended, or a folder that a state is being written to.
         """
         if not self.run.keeps:
             raise ValueError("a run along a script writes states only where it has saves=")
         future: Future[Path] = Future()
         name = str(Path(folder).resolve())
-        self._snapshots[name] = future, set()
+        with self._lock:
+            if self._ended:
+                raise ValueError("the run has ended: there is no state to write")
+            if name in self._snapshots:
+                raise ValueError(f"a state is being written to {folder} already")
+            self._snapshots[name] = future, set()
         self._order("snapshot", folder=name)
         return future
 
@@ -196,12 +206,13 @@ class Ranks:
 
     def _kept(self, rank: int, folder: str) -> None:
         """A rank has written its state."""
-        if folder in self._snapshots:
-            future, ranks = self._snapshots[folder]
+        with self._lock:
+            future, ranks = self._snapshots.get(folder, (None, set()))
             ranks.add(rank)
-            if len(ranks) == self.run.ranks:
-                del self._snapshots[folder]
-                future.set_result(Path(folder))
+            if future is None or len(ranks) < self.run.ranks:
+                return
+            del self._snapshots[folder]
+        future.set_result(Path(folder))
 
     def _check(
         self,

@@ -72,11 +72,13 @@ class Player(Seat):
             self.ended = self.ended or "closed"
             self._sent.clear()
             self._shown.clear()
-        if self.recording is not None:
-            with suppress(OSError):
-                self.recording.close()
-        self.course.close()
-        self.closed = True
+        try:
+            if self.recording is not None:
+                with suppress(OSError):
+                    self.recording.close()
+            self.course.close()
+        finally:
+            self.closed = True  # whatever it was: nobody may come back to it
 
     def _start(self) -> float:
         """When to begin the next block. With the lock held."""
@@ -200,13 +202,18 @@ class Player(Seat):
         while self._shown:
             ready = self._shown.popleft()
             self.course.walked(ready.block, ready.pose)
-            if self.recording is not None:
-                try:
-                    self.recording.write(ready.block.frames)
-                except (OSError, ValueError) as error:
-                    self.tell("notice", text=f"the recording has ended: {error}")
-                    self._tell_state()
+            self._film(ready)
         self._before = self.course.session.snapshot()
+
+    def _film(self, ready: Ready) -> None:
+        """Add a block that was shown to the recording."""
+        if self.recording is None:
+            return
+        try:
+            self.recording.write(ready.block.frames)
+        except (OSError, ValueError) as error:
+            self.tell("notice", text=f"the recording has ended: {error}")
+            self._tell_state()
 
     def _begin(self, seed: int, *pictures: Any) -> None:
         try:
@@ -226,6 +233,7 @@ class Player(Seat):
         with self._lock:
             self._ready, self._before = None, None
             self._sent.clear()
+            shown = list(self._shown)  # since the command came
             self._shown.clear()
             self._run += 1
             self._seen = self.block - 1
@@ -237,6 +245,8 @@ class Player(Seat):
             if not self._heard and self._latest is not None:
                 # Keys stay held, whatever the world had been told.
                 self._heard = [Said(self._latest, NEVER, self._done)]
+        for ready in shown:
+            self._film(ready)
         self.tell("path", run=self._run, points=list(self.course.path))
         self._tell_state()
 

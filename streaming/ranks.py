@@ -114,7 +114,7 @@ class Rank:
             carry = decode(self.world.autoencoder, block, self._decoding.carry)
             self._decoding = Decoding(block.index + 1, carry)
         for folder in order.saves:
-            keep_decoder(folder, self._decoding)
+            keep_decoder(folder, self.run.saves, self._decoding)
         block.timings["flight"] = time.time() - order.begun
         return block
 
@@ -221,7 +221,7 @@ class Rank:
             if order.back is not None:
                 forget(self.run.saves, order.back, rank)
             for folder in order.saves:
-                keep(session, folder, rank)
+                keep(session, folder, self.run.saves, rank)
             self.messages = link.sent, link.received
             yield order, block
         if not last:

@@ -82,14 +82,16 @@ class VideoSink(FrameSink):
         self._count = 0
         self._before = before_of(path) if keep else None
         self._keep = keep
-        if self._before is not None and not self._before.exists():
-            path.rename(self._before)
         check_writable(self._written)
         super().__init__(str(path), scale)
 
     def _open(self, height: int, width: int) -> None:
         if self._format.pixels == "yuv420p" and (height % 2 or width % 2):
             raise ValueError(f"frames are {width}x{height}, H.264 needs even sizes: use scale=2")
+        if self._before is None:
+            before_of(self._path).unlink(missing_ok=True)
+        elif not self._before.exists():
+            self._path.rename(self._before)
         self._file = FragmentFile(self._written)
         self._container = av.open(
             self._file,

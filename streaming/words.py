@@ -1,6 +1,7 @@
 """Prompts over ranks: the first one has the text encoder and reads for all."""
 
 import io
+import json
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 
@@ -12,6 +13,7 @@ from worldsim.share import Share
 from worldsim.streaming.faults import Store
 from worldsim.world import World
 
+LONGEST = 4096  # bytes of a prompt in a header, which has it twice beside all else
 KEPT = 8  # prompts that stay in the store, beside those that a rank may still ask for
 
 
@@ -80,11 +82,13 @@ class Told:
 
 
 def check_words(world: World, prompt: str) -> None:
-    """Whether a world can read a prompt; its weights need not be there.
+    """Whether a world can read a prompt, and ranks can tell it; its weights need not be there.
 
     Raises:
-        ValueError: as `World.text`.
+        ValueError: as `World.text`; for a prompt that fits no header.
     """
+    if len(json.dumps(prompt)) > LONGEST:
+        raise ValueError(f"between ranks a prompt has at most {LONGEST} letters")
     if world.text_encoder is None:
         world.text(prompt)
     elif isinstance(world.text_encoder, WordEncoder):

@@ -29,6 +29,7 @@ from worldsim.share import Share, shares
 from worldsim.state import Block
 from worldsim.streaming import faults, launch
 from worldsim.streaming.faults import RankFailed, Watch
+from worldsim.streaming.kept import KEPT
 from worldsim.streaming.launch import Ranks
 from worldsim.streaming.leader import Run
 from worldsim.streaming.sinks import open_sink
@@ -215,8 +216,8 @@ def test_controls_from_outside_hold_from_their_block_on(world_folder: Path) -> N
     with opened(world_folder, blocks=None, sleep=None, scripted=False) as ranks:
         blocks = ranks.blocks()
         first = next(blocks)
-        for wrong in ({"prompt": "x y z zebra"}, {"buttons": ["KeyQ"]}):
-            with pytest.raises(ValueError, match=r"zebra|KeyQ"):
+        for wrong in ({"prompt": "x y zebra"}, {"buttons": ["KeyQ"]}, {"prompt": 900 * "brick "}):
+            with pytest.raises(ValueError, match=r"zebra|KeyQ|at most 4096 letters"):
                 ranks.tell("control", **wrong)
         ranks.tell("control", buttons=["KeyW"], prompt="blue tiles")
         ranks.tell("cut")
@@ -227,6 +228,10 @@ def test_controls_from_outside_hold_from_their_block_on(world_folder: Path) -> N
         assert changed.applied.prompt == "blue tiles" and changed.applied.cut
         with pytest.raises(ValueError, match="ranks know no 'close'"):
             ranks.tell("close")
+        for _ in range(200):  # before one block: the last one counts
+            ranks.tell("control", prompt="red brick, night")
+        later = next(block for block in blocks if block.index > made[-1].index + 4)
+        assert later.applied.prompt == "red brick, night"
     world = World.from_pretrained(world_folder, torch.float32)
     with world.session(seed=3, steps=STEPS, schedule="tpp") as serial:
         for block in (first, *made):
@@ -310,6 +315,9 @@ def test_a_killed_rank_under_the_command(world_folder: Path, tmp_path: Path) -> 
     assert process.returncode == 1
     assert re.search(r"^worldsim: rank \d was killed \(SIGKILL\) at block \d+; the run", told, re.M)
     assert gone(list(family)) and "Traceback" not in told
+    assert re.search(
+        r"^stopped: \d+ pictures .*the same command with --resume goes on$", told, re.M
+    )
     assert pictures(out) > 0
     states = sorted(Path(f"{out}.state").iterdir())
     assert states, "it had saved by then"
@@ -323,6 +331,32 @@ def test_a_killed_rank_under_the_command(world_folder: Path, tmp_path: Path) -> 
     kept = 1 + 4 * (int(states[0].name[-6:]) - 1)  # at least so many are the very same
     assert all((a == b).all() for a, b in zip(again[:kept], shown, strict=False))
     assert not out.with_name(f".{out.name}.before").exists()
+
+
+def test_what_resume_does_not_go_on_with(world_folder: Path, tmp_path: Path) -> None:
+    """Nothing of the film is lost, and states of another film are not taken."""
+    out = tmp_path / "walk.mp4"
+    stream = (*streaming(world_folder, out), "--ranks", "2", "--save-every", "1")
+    assert command(*stream, "--seconds", "4").code == 0
+    film, kept = out.read_bytes(), {path.name for path in Path(f"{out}.state").iterdir()}
+    assert len(kept) == KEPT and "block-000016" in kept, "the newest ones"
+    for more, said in (
+        (("--seconds", "6", "--seed", "5"), "under other settings: seed 0 (not 5); give the same"),
+        (("--seconds", "3"), "has 64 pictures already, and 48 are asked for"),
+        (("--seconds", "6", "--save-every", "-2"), "--save-every must be 1 or more"),
+    ):
+        done = command(*stream, "--resume", *more)
+        assert done.code == 2 and said in done.err, done.err
+        assert out.read_bytes() == film and len(list(tmp_path.iterdir())) == 2
+    again = (*streaming(world_folder, out), "--ranks", "2", "--prompt", "night", "--seconds")
+    assert command(*again, "2").code == 0
+    assert not Path(f"{out}.state").exists(), "they were of another film"
+    assert command(*again, "3", "--resume").code == 0
+    whole = tmp_path / "whole.mp4"
+    assert command(*streaming(world_folder, whole), "--prompt", "night", "--seconds", "3").code == 0
+    assert out.read_bytes() == whole.read_bytes()
+    done = command(*streaming(world_folder, out), "--record", out)
+    assert done.code == 2 and "each want a file of their own" in done.err
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

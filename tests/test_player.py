@@ -514,6 +514,35 @@ def test_what_is_recorded_is_what_was_shown(seat: Seat) -> None:
     assert frames == len(pixels(shown))
 
 
+@pytest.mark.parametrize("what", ["rewind", "reset"])
+def test_what_is_shown_while_a_command_comes_is_recorded(seat: Seat, what: str) -> None:
+    player, clock = seat()
+    play(player, clock, 1)
+    player.ask("record", True)
+    work(player, clock)
+    shown = play(player, clock, 3)
+    while player.waiting() is None:
+        clock.now = max(clock.now, player.due())
+        work(player, clock)
+    real = player._command
+
+    def shown_meanwhile(name: str, values: tuple[Any, ...]) -> None:
+        taken = player.take(clock.now + 10)  # by the thread that shows, right after it was looked
+        if taken is not None:
+            shown.append(taken[0])
+        real(name, values)
+
+    player._command = shown_meanwhile  # type: ignore[method-assign]
+    player.ask(what, 0)
+    work(player, clock)
+    player._command = real  # type: ignore[method-assign]
+    player.ask("record", False)
+    work(player, clock)
+    assert len(shown) == 4 and player.recording is not None
+    with av.open(str(player.recording.path)) as film:
+        assert sum(1 for _ in film.decode(video=0)) == len(pixels(shown))
+
+
 def test_a_full_disk_ends_the_film_and_not_the_player(seat: Seat) -> None:
     player, clock = seat()
     play(player, clock, 1)
@@ -679,6 +708,13 @@ def test_one_players_error_ends_nobody_else(seat: Seat) -> None:
         raise RuntimeError("out of memory")
 
     bad.course.step = broken  # type: ignore[method-assign]
+    close = bad.course.close
+
+    def unclosable() -> None:
+        close()
+        raise OSError("its folder is gone")
+
+    bad.course.close = unclosable  # type: ignore[method-assign]
     for _ in range(30):
         turns.once()
         if good.waiting() is not None:
@@ -688,6 +724,7 @@ def test_one_players_error_ends_nobody_else(seat: Seat) -> None:
     assert bad.closed and bad.ended == "the world stopped: RuntimeError: out of memory"
     assert good.ended is None and good.counts.shown > 5
     assert turns.players == [good]
+    bad.course.close = close  # type: ignore[method-assign]
 
 
 def test_idle_and_gone_players_are_freed(seat: Seat) -> None:

@@ -288,3 +288,5 @@ def test_the_command_line_records_and_replays(
     assert "differs: " in told("replay", "run.wsrun", "--verify", code=1)
     (tmp_path / "run.wsrun").write_text(text.replace(str(world_folder), "some/world"))
     assert "which is not here: name it by --world" in told("replay", "run.wsrun", code=2)
+    (tmp_path / "run.wsrun").write_text(text.partition("\n")[0] + "\n")
+    assert "run.wsrun holds no block" in told("replay", "run.wsrun", "--verify", code=2)

@@ -141,6 +141,20 @@ def read(world: "World", path: str | Path) -> Saved:
         )
 
 
+def settings_of(world: "World", path: str | Path) -> Settings:
+    """Under which a file was saved; no more of it is read.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    with _told(path), safe_open(path, "pt") as file:
+        told = json.loads((file.metadata() or {}).get(HEADER, "null"))
+        if not isinstance(told, dict) or told.get("format") != FORMAT:
+            raise ValueError(f"{path} holds no session that this version reads")
+        settings: Settings = Unpack(world, {}).read(told["settings"])
+        return settings
+
+
 @torch.inference_mode()  # pages that others grew in it may be written only in it
 def opened(
     saved: Saved, open_session: Callable[[Settings, Asked], "Session"], path: str | Path

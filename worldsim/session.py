@@ -225,7 +225,10 @@ class Session(Maker):
             self._recache()
         else:
             self._event(change)
-        self.now = replace(self.now, changes=(*self.now.changes, change))
+        changes = self.now.changes
+        if isinstance(change, Asked) and changes and isinstance(changes[-1], Asked):
+            changes = changes[:-1]  # nothing was made under those words
+        self.now = replace(self.now, changes=(*changes, change))
 
     def _in_full(self, asked: Asked) -> Asked:
         """What is asked for, with its keys and values; those that it has now need no new ones."""

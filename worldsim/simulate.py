@@ -160,7 +160,7 @@ class _Ranks:
         if len(steady) == 1:
             period = shown[steady[0]]
         waits = [shown[block] - self._entered(block) for block in steady]
-        end = max(shown.values())
+        end = max(*shown.values(), *self.free)
         return Forecast(
             fps=self.costs.pictures / period if period else float("inf"),
             first=shown[blocks[0]] - self._entered(blocks[0]),
