@@ -33,7 +33,8 @@ def give_files(app: FastAPI, room: Room) -> None:
             return PlainTextResponse("there is no run", 404)
         # At once: it grows, so its length is only true of what is read now.
         named = {"content-disposition": 'attachment; filename="worldsim.wsrun"'}
-        return Response(path.read_bytes(), media_type="application/x-ndjson", headers=named)
+        data = await asyncio.to_thread(path.read_bytes)
+        return Response(data, media_type="application/x-ndjson", headers=named)
 
 
 def take_files(app: FastAPI, room: Room) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from worldsim.lines import NAMES, called, named
+from worldsim.lines import NAMES, is_name, named, read
 from worldsim.schedule import CLEAN, Schedule
 from worldsim.streaming.sinks import check_writable
 from worldsim.wavefront import Grid, Name, spread
@@ -59,13 +59,13 @@ def run(options: ShowOptions) -> None:
         Console(stderr=True, highlight=False).print(f"drawn: {options.out}")
 
 
-def schedule_of(name: str, steps: int) -> Schedule:
-    """A schedule by its name, of so many equal steps (where it has none of its own).
+def schedule_of(line: str, steps: int) -> Schedule:
+    """A schedule by its name or line, of so many equal steps (where it has none of its own).
 
     Raises:
-        ValueError: for a name or a number that cannot be.
+        ValueError: for a name, a line or a number that cannot be.
     """
-    return called(name, Schedule.uniform(steps, SHIFT))
+    return read(line, Schedule.uniform(steps, SHIFT), "renoise", numbered=False)[0]
 
 
 def ranks_of(schedule: Schedule, asked: int | None) -> int:
@@ -75,9 +75,10 @@ def ranks_of(schedule: Schedule, asked: int | None) -> int:
     return {"steps": len(schedule.steps), "layers": 2}.get(schedule.order, 1)
 
 
-def describe(name: str) -> str:
-    """What a name stands for, in words."""
-    return named(name).says
+def describe(line: str) -> str:
+    """What the name in a line stands for, in words."""
+    words = line.partition(":")[0].split("+")
+    return named(next(filter(is_name, words), "serial")).says
 
 
 def names() -> str:
@@ -139,15 +140,19 @@ def label(name: Name) -> str:
     return f"{name.block}·{name.level}"
 
 
+def _counted(number: float, what: str) -> str:
+    return f"{number:.3g} {what}" + ("" if number == 1 else "s")
+
+
 def figures(grid: Grid) -> list[str]:
     """What a grid comes to, in lines."""
     idle = [grid.bubbles(rank) for rank in range(grid.ranks)]
     share = sum(idle) / (grid.ranks * grid.ticks)
     return [
         f"{grid.blocks} blocks in {grid.ticks} ticks · first block after {grid.done(0) + 1}, "
-        f"then one every {grid.period:g}",
+        f"then one every {_counted(grid.period, 'tick')}",
         f"longest chain {len(grid.critical)} cells · bubbles {share:.0%} "
         f"({', '.join(map(str, idle))} ticks by rank)",
-        f"control to photon: {grid.delay:g} blocks from the step that takes it up to its own "
-        "finished block",
+        f"control to photon: {_counted(grid.delay, 'block')} from the step that takes it up to "
+        "its own finished block",
     ]

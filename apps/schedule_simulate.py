@@ -64,8 +64,8 @@ def run(options: SimulateOptions) -> None:
     latents = world.latents_of(settings.size, world.config.block_frames)
     told = simulate(grid, costs_of(options, world, latents))
     print_table(
-        f"{options.name} over {ranks} ranks: {options.world}, {len(schedule.steps)} steps of "
-        f"{options.stage_ms:g} ms, links of {options.link_gbps:g} Gbit/s",
+        f"{options.name} over {ranks} rank{'' if ranks == 1 else 's'}: {options.world}, "
+        f"{len(schedule.steps)} steps of {options.stage_ms:g} ms, links of {options.link_gbps:g} Gbit/s",
         ("figure", "value"),
         [
             ["pictures a second", f"{told.fps:.1f}"],

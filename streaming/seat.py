@@ -139,9 +139,8 @@ class Seat:
         self._urgent = False
         self._latest: ControlState | None = None
         # Made, and not yet shown for good.
-        self._before: Snapshot | None = (
-            None  # snapshot before the block that waits, or before the next
-        )
+        # The snapshot before the block that waits, or before the next.
+        self._before: Snapshot | None = None
         self._ready: Ready | None = None
         self._shown: deque[Ready] = deque()
         self._sent: deque[Ready] = deque(maxlen=UNANSWERED)  # no picture of it was acknowledged

@@ -72,7 +72,8 @@ class WorldEnv(gymnasium.Env[Frames, Any]):
     Args:
         world: shared by all environments that are made on it.
         prompt: what it shows, None for the world's own; ``reset(options={"prompt": …})`` overrides.
-        max_blocks: after so many an episode is truncated; None never ends.
+        max_blocks: after so many, the one of ``reset`` counted in, an episode is truncated; None
+            never ends.
         reward: of a block.
         settings: of every session, see `World.session`.
     """

@@ -76,8 +76,8 @@ class Schedule:
             (Wan2.1's solvers).
         context: what a block reads of those before it.
             ``clean``: a context pass over their finished latents (Self-Forcing).
-            ``fused``: the same, but where it can (`Session.fuses`) the pass shares a forward with
-            the next block's first step: equal to ``clean`` but for rounding.
+            ``fused``: the same, but where it can (`worldsim.maker.Maker.fuses`) the pass shares a
+            forward with the next block's first step: equal to ``clean`` but for rounding.
             ``last``: what their last step left behind; there is no context pass.
             ``lag``: step s reads what their step s + ``lag`` left behind, or their last one.
             ``output``: step s reads a context pass at the level that it leads to (HiAR).
