@@ -65,7 +65,8 @@ def run(options: SimulateOptions) -> None:
     told = simulate(grid, costs_of(options, world, latents))
     print_table(
         f"{options.name} over {ranks} rank{'' if ranks == 1 else 's'}: {options.world}, "
-        f"{len(schedule.steps)} steps of {options.stage_ms:g} ms, links of {options.link_gbps:g} Gbit/s",
+        f"{len(schedule.steps)} steps of {options.stage_ms:g} ms, "
+        f"links of {options.link_gbps:g} Gbit/s",
         ("figure", "value"),
         [
             ["pictures a second", f"{told.fps:.1f}"],
