@@ -1,6 +1,7 @@
 """Loading what a command runs, once it is asked for."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ def loading(ranks: int | None = None) -> Iterator[None]:
     walking through it again and again is a sixth of the time until the first picture. What several
     ``ranks`` load is loaded beside it.
     """
-    if ranks is not None and ranks > 1:
+    if ranks is not None and ranks > 1 and "RANK" not in os.environ:  # torchrun has started them
         context()
     gc.disable()
     try:

@@ -423,17 +423,17 @@ $(".prompt").onsubmit = (event) => {
 const bar = $(".timeline");
 bar.oninput = () => { state.scrubbing = true; $(".now").textContent = clock(seconds(Number(bar.value))); };
 bar.onchange = () => { state.scrubbing = false; send("rewind", { block: Number(bar.value) }); bar.blur(); };
-bar.onblur = bar.onpointerup = bar.onpointercancel = () => { state.scrubbing = false; }; // let go where it was: no change
+bar.onblur = bar.onpointerup = bar.onpointercancel = () => setTimeout(() => { state.scrubbing = false; }); // let go where it was: no change
 for (const [button, input, path] of [[".begin", ".file-picture", "picture"], [".load", ".file-run", "run"]]) {
   $(button).onclick = () => $(input).click();
   $(input).onchange = async (event) => {
     const file = event.target.files[0];
+    event.target.value = "";
     if (!file || !state.hello) return;
     try {
       const answer = await fetch(`${root}/worldsim/${state.hello.key}/${path}`, { method: "POST", body: file });
       if (!answer.ok) notice(await answer.text());
     } catch { notice("The file did not arrive: try again."); }
-    event.target.value = "";
   };
 }
 $(".again").onclick = () => { state.opened = false; connect(); };

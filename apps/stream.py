@@ -98,6 +98,9 @@ def run(options: StreamOptions) -> None:
             return stream_ranks.pass_on(shared, parts)
         if options.resume:
             shared, kept = stream_ranks.resumed(shared, parts, world, options.out, pictures)
+            if kept == pictures:
+                console.print(f"worldsim: {options.out} has all its {pictures} pictures already")
+                return None
         made = partial(
             stream_ranks.over_ranks, shared, parts, world,
             pictures=pictures - kept, threads=options.threads,
@@ -105,7 +108,7 @@ def run(options: StreamOptions) -> None:
     # A pipe gets the world's own pixels, a file what people can see.
     scale = options.scale or (1 if options.out == "-" else shown_scale(world))
     sink = open_sink(options.out, fps, scale, kept)
-    if ranks > 1 and not kept:
+    if not kept:  # also on one rank: they would be taken for the new film's
         stream_ranks.forget_states(options.out)
     if options.compile:
         _compile(world, options, console)
@@ -265,7 +268,7 @@ def _summary(
     where = f"pages {world.pool.nbytes / 2**20:.1f} MiB"
     if world.transformer.device.type == "meta":
         where = "over ranks"
-    if tally.failed is not None and options.out.endswith(".mp4"):
+    if tally.failed is not None and options.save_every and options.record is None:
         where += " · the same command with --resume goes on"
     console.print(
         f"{'stopped: ' if tally.interrupted else ''}{tally.pictures} pictures ({seconds:.1f} s) to "

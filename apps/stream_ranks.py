@@ -18,7 +18,7 @@ from worldsim.models.autoencoder import GROUP
 from worldsim.saving import settings_of
 from worldsim.share import Share, shares
 from worldsim.state import Block
-from worldsim.streaming.kept import states
+from worldsim.streaming.kept import later, states
 from worldsim.streaming.launch import Ranks
 from worldsim.streaming.leader import Run
 from worldsim.streaming.pipeline import Writer
@@ -125,13 +125,17 @@ def resumed(run: Run, parts: list[Share], world: World, out: str, wanted: int) -
     lanes = len(settings.schedule.lanes) if settings.schedule.order == "layers" else 1
     files = 1 + lanes * sum(bool(part.steps) for part in parts)
     there, each = kept_pictures(Path(out)), world.config.block_frames
-    if there >= wanted:
+    if there > wanted:
         raise ValueError(f"{out} has {there} pictures already, and {wanted} are asked for")
+    if there == wanted:
+        return run, there
     for block, state in states(saves_of(out), files):
         first = 1 if settings.independent_first_frame else each
         pictures = 1 + GROUP * (first + (block - 1) * each - 1)
         if pictures <= there:
             _check_alike(settings, settings_of(world, next(state.glob("rank-*"))), out)
+            for newer in later(saves_of(out), block):  # their blocks are made anew
+                shutil.rmtree(newer, ignore_errors=True)
             return replace(run, resume=str(state)), pictures
     return run, 0
 

@@ -84,7 +84,7 @@ class PagePool:
         self._made: dict[PageKind, int] = defaultdict(int)
         self._promised: dict[PageKind, int] = defaultdict(int)
         self._lock = Lock()  # streams of one world may run on threads of their own
-        self._later: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._later: SimpleQueue[Callable[[PagePool], None]] = SimpleQueue()
 
     @property
     def nbytes(self) -> int:
@@ -160,8 +160,8 @@ class PagePool:
             if self._count[page] == 0:
                 self._free[self._pages[page].kind].append(page)
 
-    def later(self, give_back: Callable[[], None]) -> None:
-        """Have pages given back some time before one is next asked for.
+    def later(self, give_back: Callable[["PagePool"], None]) -> None:
+        """Have pages given back to this pool some time before one is next asked for.
 
         For finalizers: garbage is collected anywhere, also while this very thread holds the lock.
         """
@@ -170,7 +170,7 @@ class PagePool:
     def _collect(self) -> None:
         while not self._later.empty():
             with suppress(Empty):  # another thread was faster
-                self._later.get_nowait()()
+                self._later.get_nowait()(self)
 
     # --- what is in them --------------------------------------------------------------------------
     def kind(self, page: int) -> PageKind:

@@ -5,7 +5,7 @@ drained, and all files together are what a serial session would be at that block
 """
 
 import json
-from contextlib import suppress
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from worldsim.streaming.split import merged, stacked
 from worldsim.world import World
 
 DECODER = "decoder.safetensors"
-KEPT = 8  # states: pictures come some blocks after the states of their blocks
+ON_THE_WAY = 32  # blocks between ranks, decoder, encoder and film, and more
 
 
 def file_of(folder: str | Path, rank: int, lane: int | None = None) -> Path:
@@ -29,51 +29,51 @@ def file_of(folder: str | Path, rank: int, lane: int | None = None) -> Path:
     return Path(folder, f"rank-{rank}" + ("" if lane is None else f"-{lane}") + ".safetensors")
 
 
-def keep(
-    session: Session, folder: str | Path, saves: str | None, rank: int, lane: int | None = None
-) -> None:
-    """Write a rank's state; of those in the run's own folder (``saves``) the newest few stay."""
+def keep(session: Session, folder: str | Path, rank: int, lane: int | None = None) -> None:
+    """Write a rank's state."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save(session, file_of(folder, rank, lane))
-    _drop(_of_run(saves)[:-KEPT], file_of("", rank, lane).name)
 
 
 def forget(saves: str | None, back: int, rank: int, lane: int | None = None) -> None:
     """Drop what a rank has written of later blocks than ``back``: they are made anew."""
-    _drop(_later(saves, back), file_of("", rank, lane).name)
+    for folder in later(saves, back):
+        file_of(folder, rank, lane).unlink(missing_ok=True)
 
 
 def forget_decoder(saves: str | None, back: int) -> None:
     """The same of the decoder."""
-    _drop(_later(saves, back), DECODER)
+    for folder in later(saves, back):
+        Path(folder, DECODER).unlink(missing_ok=True)
 
 
-def _of_run(saves: str | None) -> list[Path]:
-    """Its states, the oldest first."""
-    return [] if saves is None else sorted(Path(saves).glob("block-*"))
+def later(saves: str | Path | None, block: int) -> list[Path]:
+    """Folders of states of later blocks than that."""
+    return [folder for number, folder in _of_run(saves) if number > block]
 
 
-def _later(saves: str | None, back: int) -> list[Path]:
-    return [f for f in _of_run(saves) if int(f.name.rpartition("-")[2]) > back]
+def thin(saves: str | None, block: int) -> None:
+    """Drop old states: all that are further back than what may be on its way to the film, but the
+    newest two. For the rank that finishes blocks: whoever writes a state has done so by then."""
+    for number, folder in _of_run(saves)[:-2]:
+        if number < block - ON_THE_WAY:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _drop(folders: list[Path], name: str) -> None:
-    """Every process drops its own file; the last one also the folder."""
-    for folder in folders:
-        (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # others are in it, or it is gone
-            folder.rmdir()
+def _of_run(saves: str | Path | None) -> list[tuple[int, Path]]:
+    """States of a run by the block that comes next, the oldest first."""
+    folders = [] if saves is None else Path(saves).glob("block-*")
+    return sorted((int(folder.name.rpartition("-")[2]), folder) for folder in folders)
 
 
-def keep_decoder(folder: str | Path, saves: str | None, decoding: Decoding) -> None:
-    """Write what the decoder goes on from; see `keep`."""
+def keep_decoder(folder: str | Path, decoding: Decoding) -> None:
+    """Write what the decoder goes on from."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     pack, target = Pack(), Path(folder, DECODER)
     header = {HEADER: json.dumps(pack.plain(decoding))}
     part = target.with_name(f".{target.name}.part")
     save_file(pack.tensors or {"none": torch.zeros(0)}, part, header)
     part.replace(target)
-    _drop(_of_run(saves)[:-KEPT], DECODER)
 
 
 def read_decoder(world: World, folder: str | Path) -> Decoding:
@@ -90,12 +90,8 @@ def states(folder: str | Path, files: int) -> list[tuple[int, Path]]:
 
     ``files``: how many a complete one has.
     """
-    found = [
-        (int(path.name.rpartition("-")[2]), path)
-        for path in Path(folder).glob("block-*")
-        if len(list(path.glob("[!.]*.safetensors"))) == files
-    ]
-    return sorted(found, reverse=True)
+    found = _of_run(folder)[::-1]
+    return [x for x in found if len(list(x[1].glob("[!.]*.safetensors"))) == files]
 
 
 def gathered(world: World, folder: str | Path) -> Session:

@@ -145,7 +145,8 @@ class Ranks:
             self._ended, waiting = True, list(self._snapshots.values())
             self._snapshots.clear()
         for future, _ in waiting:
-            future.set_exception(ValueError("the run has ended before its state was written"))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ValueError("the run has ended before its state was written"))
         if self._failure is not None:
             raise self._failure.error()
 
@@ -201,7 +202,7 @@ class Ranks:
         self._order("rewind", to_block=to_block)
 
     def _order(self, name: str, **arguments: Any) -> None:
-        with contextlib.suppress(OSError):  # gone: `blocks` tells why
+        with self._lock, contextlib.suppress(OSError):  # gone: `blocks` tells why
             self._orders.send((name, arguments))
 
     def _kept(self, rank: int, folder: str) -> None:
@@ -212,7 +213,8 @@ class Ranks:
             if future is None or len(ranks) < self.run.ranks:
                 return
             del self._snapshots[folder]
-        future.set_result(Path(folder))
+        if future.set_running_or_notify_cancel():
+            future.set_result(Path(folder))
 
     def _check(
         self,

@@ -17,7 +17,7 @@ from worldsim.session import Session
 from worldsim.share import Share
 from worldsim.state import Asked, Played
 from worldsim.streaming.link import Order
-from worldsim.streaming.words import Telling
+from worldsim.streaming.words import LONGEST, Telling
 from worldsim.world import World
 
 
@@ -105,6 +105,8 @@ class Leader:
 
     def _hear(self, session: Session) -> None:
         while self._inbox is not None and not self._behind and self._inbox.poll():
+            if _told(session) > LONGEST:
+                return  # the rest waits for the next block: a header holds no more
             name, arguments = self._inbox.recv()
             if name == "stop":
                 self._stopped = True
@@ -146,3 +148,9 @@ class Leader:
             if session.settings.rows > 1:
                 prompts.append(session.settings.negative_prompt)
             self._words.hold(prompts, self._epoch)
+
+
+def _told(session: Session) -> int:
+    """Bytes of what was changed since the newest block, or more."""
+    changes = session.now.changes
+    return sum(32 + len(c.prompt.encode()) if isinstance(c, Asked) else 32 for c in changes)

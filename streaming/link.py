@@ -69,7 +69,7 @@ class Order:
                 "cut": applied.cut,
                 "event": applied.event,
             }
-        data = json.dumps(told).encode()
+        data = json.dumps(told, ensure_ascii=False).encode()
         if len(data) > HEADER - 4:
             raise ValueError(
                 f"block {self.block} is asked for in {len(data)} bytes, and between ranks there is "
@@ -159,10 +159,8 @@ class Link:
         head = torch.empty(HEADER, dtype=torch.uint8)
         body = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         try:
-            works = [dist.irecv(part, source, self._group) for part in (head, body)]
-            for work in works:
-                if work is not None:
-                    work.wait()
+            dist.recv(head, source, self._group)
+            dist.recv(body, source, self._group)
         except RuntimeError as error:
             raise PeerLost(f"rank {source} is gone: {error}") from None
         self.received += 1

@@ -73,10 +73,12 @@ class Player(Seat):
             self._sent.clear()
             self._shown.clear()
         try:
-            if self.recording is not None:
-                with suppress(OSError):
-                    self.recording.close()
-            self.course.close()
+            try:
+                if self.recording is not None:
+                    with suppress(OSError):
+                        self.recording.close()
+            finally:
+                self.course.close()
         finally:
             self.closed = True  # whatever it was: nobody may come back to it
 

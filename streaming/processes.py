@@ -20,11 +20,11 @@ def context() -> Any:
     found.set_forkserver_preload(PRELOAD)
     # Else it would look for modules in the working directory first, where others of the same name
     # may lie: in the root of this repository, say.
-    before = os.environ.get(SAFE)
-    os.environ[SAFE] = "1"
     # A Ctrl-C while it loads is this process's to tell; what it starts inherits the mask. Starting
     # the tracker lifts it.
     resource_tracker.ensure_running()
+    before = os.environ.get(SAFE)
+    os.environ[SAFE] = "1"
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()

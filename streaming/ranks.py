@@ -30,6 +30,7 @@ from worldsim.streaming.kept import (
     keep,
     keep_decoder,
     read_decoder,
+    thin,
 )
 from worldsim.streaming.leader import Inbox, Leader, Run
 from worldsim.streaming.link import STOP, Link, Order
@@ -114,7 +115,8 @@ class Rank:
             carry = decode(self.world.autoencoder, block, self._decoding.carry)
             self._decoding = Decoding(block.index + 1, carry)
         for folder in order.saves:
-            keep_decoder(folder, self.run.saves, self._decoding)
+            keep_decoder(folder, self._decoding)
+            thin(self.run.saves, order.block)
         block.timings["flight"] = time.time() - order.begun
         return block
 
@@ -199,8 +201,8 @@ class Rank:
         rank, last = self.share.rank, self.share.last
         link = self._link()
         while True:
-            link.flush()  # none waits between two ranks: a control would wait with it
             self._beat.block = session.block
+            link.flush()  # none waits between two ranks: a control would wait with it
             if rank == 0:
                 going, keys = self._leader.next(session)
                 if not going:
@@ -221,7 +223,7 @@ class Rank:
             if order.back is not None:
                 forget(self.run.saves, order.back, rank)
             for folder in order.saves:
-                keep(session, folder, self.run.saves, rank)
+                keep(session, folder, rank)
             self.messages = link.sent, link.received
             yield order, block
         if not last:

@@ -200,7 +200,7 @@ class Ring:
             forget(self._saves, order.back, self.share.rank, lane)
         for folder in order.saves:
             self.parts[lane].settle()
-            keep(self.parts[lane], folder, self._saves, self.share.rank, lane)
+            keep(self.parts[lane], folder, self.share.rank, lane)
 
     def _finished(self, flight: Flight) -> tuple[Order, Block]:
         assert flight.order is not None and flight.x is not None

@@ -1,7 +1,6 @@
 """Prompts over ranks: the first one has the text encoder and reads for all."""
 
 import io
-import json
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 
@@ -13,7 +12,7 @@ from worldsim.share import Share
 from worldsim.streaming.faults import Store
 from worldsim.world import World
 
-LONGEST = 4096  # bytes of a prompt in a header, which has it twice beside all else
+LONGEST = 4096  # bytes of a prompt; a header has room for three, beside all else
 KEPT = 8  # prompts that stay in the store, beside those that a rank may still ask for
 
 
@@ -87,8 +86,8 @@ def check_words(world: World, prompt: str) -> None:
     Raises:
         ValueError: as `World.text`; for a prompt that fits no header.
     """
-    if len(json.dumps(prompt)) > LONGEST:
-        raise ValueError(f"between ranks a prompt has at most {LONGEST} letters")
+    if len(prompt.encode()) > LONGEST:
+        raise ValueError(f"between ranks a prompt has at most {LONGEST} bytes")
     if world.text_encoder is None:
         world.text(prompt)
     elif isinstance(world.text_encoder, WordEncoder):

@@ -310,10 +310,12 @@ def test_same_seed_same_latents_on_one_and_two_threads(
     # the shipped sizes: smaller products never use a second thread
     world = make_world(CPU, height=64, width=64).to(dtype)
     made = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        made.append(list(world.stream(controls="W L", seed=3, blocks=2)))
-    torch.set_num_threads(1)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made.append(list(world.stream(controls="W L", seed=3, blocks=2)))
+    finally:
+        torch.set_num_threads(1)
     for one, two in zip(*made, strict=True):
         assert torch.equal(one.latents, two.latents)
         assert np.array_equal(one.frames, two.frames)

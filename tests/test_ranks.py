@@ -169,6 +169,14 @@ def test_a_run_goes_on_from_its_saved_state(
         gathered(world, str(tmp_path))
 
 
+def test_states_of_a_long_ring_are_whole_and_few(folder: str, world: World, tmp_path: Path) -> None:
+    """Its last lane comes many blocks after its first."""
+    with opened(folder, world, "ring", 4, 3, blocks=60, saves=str(tmp_path), every=1) as running:
+        assert len(list(running.blocks())) == 60
+    found = [block for block, _ in states(tmp_path, 1 + 3 * 4)]
+    assert found == list(range(60, 26, -1))
+
+
 @pytest.mark.parametrize(("name", "ranks"), [("tpp", 2), ("tpp", 4), ("hiar", 2), ("ring", 3)])
 def test_a_live_run_goes_back_as_a_session_does(
     folder: str, world: World, tmp_path: Path, name: str, ranks: int

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -270,9 +271,46 @@ def test_a_step_broken_off_while_it_decodes(world: World, monkeypatch: pytest.Mo
             if go_on == "snapshot":
                 session.restore(session.snapshot())
             if go_on == "rewind":
-                session.rewind(2)
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    broken(patch, world.autoencoder, "decode", 2)
+                    session.rewind(3)
             at = session.block
             assert same(roam(session, 3), straight[at : at + 3])
+
+
+def test_a_block_that_was_not_decoded_is_not_passed_over(world: World) -> None:
+    with world.session() as session:
+        first = session.denoise()
+        with pytest.raises(ValueError, match="block 1 cannot be decoded now: the next one is 0"):
+            session.step()
+        session.decode(first)
+        assert len(session.step().frames) and session.decoded == session.block == 3
+
+
+def test_words_in_the_place_of_others_are_heeded(world: World, tmp_path: Path) -> None:
+    with world.session("red brick", seed=3) as session:
+        roam(session, 2)
+        session.control(prompt="night")
+        session.save(tmp_path / "s.safetensors")
+    with world.load_session(tmp_path / "s.safetensors") as session:
+        session.control(prompt="green hedges, dusk")
+        straight = [session.step() for _ in range(2)]
+        assert straight[0].applied.prompt == "green hedges, dusk"
+        session.rewind(3)
+        assert same([session.step()], straight[1:])
+
+
+def test_a_world_that_nobody_has_leaves_no_memory(make_world: MakeWorld) -> None:
+    world = make_world()
+    with world.session(history=HISTORY) as session:
+        roam(session, 3)
+    pool = weakref.ref(world.pool_of(world.config.size))
+    gc.disable()  # a GPU's memory asks for no collection
+    try:
+        del world, session
+        assert pool() is None
+    finally:
+        gc.enable()
 
 
 def test_a_rewind_broken_off_can_be_recorded(
@@ -284,6 +322,10 @@ def test_a_rewind_broken_off_can_be_recorded(
         with pytest.raises(ValueError, match=r"recorded already, to .*run\.wsrun"):
             session.record(path)
         straight = roam(session, 6)
+        lines = path.read_text()
+        with pytest.raises(ValueError, match="cannot go back to block 99"):
+            session.rewind(99)
+        assert path.read_text() == lines, "it went nowhere"
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             broken(patch, session, "denoise", 3)
             session.rewind(4)

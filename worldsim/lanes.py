@@ -52,7 +52,7 @@ class Lanes:
         self._views: Views = {}
         self._promised: Counter[PageKind] = Counter()
         # Of a session that nobody closes, too, and that nobody has any more.
-        give_back = partial(_give_back, pool, self.contexts, self._promised)
+        give_back = partial(_give_back, self.contexts, self._promised)
         self._end = weakref.finalize(self, pool.later, give_back)
         self._end.atexit = False
 
@@ -137,17 +137,18 @@ class Lanes:
 
     def close(self) -> None:
         """Give the pages back."""
-        self._end.detach()
         self._views = {}
-        _give_back(self.pool, self.contexts, self._promised)
+        _give_back(self.contexts, self._promised, self.pool)
+        self._end.detach()
 
     def _needs(self, block_frames: int) -> Counter[PageKind]:
         """Pages that they ever hold, with blocks of so many frames in the making."""
         return sum((context.needs(block_frames) for context in self.contexts), Counter[PageKind]())
 
 
-def _give_back(pool: PagePool, contexts: list[Context], promised: Counter[PageKind]) -> None:
+def _give_back(contexts: list[Context], promised: Counter[PageKind], pool: PagePool) -> None:
     for context in contexts:
         context.close()
-    pool.give_back(promised)
+    given_back = dict(promised)
     promised.clear()
+    pool.give_back(given_back)

@@ -61,16 +61,17 @@ class RunFile:
     def made(self, played: Played, block: Block, branch: int = 0) -> None:
         """A block has been made."""
         if self.error is not None:
-            return None
+            return
         if played.known is not None or any(_embeds(change) for change in played.changes):
-            return self._stop("known frames and prompt_embeds cannot be recorded")
+            self._stop("known frames and prompt_embeds cannot be recorded")
+            return
         told: dict[str, Any] = {"block": block.index, "hash": digest_of(block.latents)}
         if played.changes:
             told["changes"] = list(map(_told, played.changes))
         told["controls"] = [state.as_dict() for state in played.applied.controls]
         if played.given is not None:
             told["given"] = _text(played.given)
-        return self.write(told, branch)
+        self.write(told, branch)
 
     def write(self, told: Mapping[str, Any], branch: int = 0) -> None:
         """Add a line."""

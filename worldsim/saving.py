@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,9 +117,7 @@ def read(world: "World", path: str | Path) -> Saved:
         ValueError: as `load`.
     """
     with _told(path), safe_open(path, "pt") as file:
-        told = json.loads((file.metadata() or {}).get(HEADER, "null"))
-        if not isinstance(told, dict) or told.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no session that this version reads")
+        told = _head(file, path)
         dtype, own = told["settings"]["fields"]["dtype"], str(world.dtype).removeprefix("torch.")
         if dtype != own:
             raise ValueError(f"{path} was saved in {dtype}: load the world in it, not in {own}")
@@ -141,6 +139,13 @@ def read(world: "World", path: str | Path) -> Saved:
         )
 
 
+def _head(file: Any, path: str | Path) -> dict[str, Any]:
+    told = json.loads((file.metadata() or {}).get(HEADER, "null"))
+    if not isinstance(told, dict) or told.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no session that this version reads")
+    return told
+
+
 def settings_of(world: "World", path: str | Path) -> Settings:
     """Under which a file was saved; no more of it is read.
 
@@ -148,9 +153,7 @@ def settings_of(world: "World", path: str | Path) -> Settings:
         ValueError: as `load`.
     """
     with _told(path), safe_open(path, "pt") as file:
-        told = json.loads((file.metadata() or {}).get(HEADER, "null"))
-        if not isinstance(told, dict) or told.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no session that this version reads")
+        told = _head(file, path)
         settings: Settings = Unpack(world, {}).read(told["settings"])
         return settings
 

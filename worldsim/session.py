@@ -136,9 +136,7 @@ class Session(Maker):
         for given in self.given[self.decoded :]:
             self.decode(given)  # the decoder remembers what it began with
         self._finish()
-        block = self._left = self.denoise(keys, on_step, known)
-        self._finish()
-        return block
+        return self._see(self.denoise(keys, on_step, known))
 
     def __iter__(self) -> Iterator[Block]:
         """Blocks for ever; while it is paused, the next one waits."""
@@ -179,10 +177,17 @@ class Session(Maker):
         self.decoding = Decoding(self.decoded + 1, carry)
         return block
 
+    def _see(self, block: Block) -> Block:
+        """Decode a block that it has made; where that is broken off, `_finish` does it."""
+        self._left = block
+        self.decode(block)
+        self._left = None
+        return block
+
     def _finish(self) -> None:
-        """Decode what `step` has made, also where that was broken off before."""
-        if self._left is not None and self._left.index == self.decoded:
-            self.decode(self._left)
+        """Decode what was left when `_see` was broken off."""
+        if self._left is not None and self._left.index >= self.decoded:
+            self._see(self._left)
         self._left = None
 
     def _accept(
@@ -256,7 +261,7 @@ class Session(Maker):
         Raises:
             ValueError: for one of other settings, or of another world.
         """
-        if snapshot.settings != self.settings or snapshot.noise is not self._noise:
+        if snapshot.settings != self.settings or snapshot.noise != self._noise:
             raise ValueError("this snapshot was taken under other settings: open a session like it")
         if self._closed or snapshot.pool is not self.context.pool:
             raise ValueError(
@@ -298,13 +303,15 @@ class Session(Maker):
             ValueError: for a block that it has not come to, or the way to which is forgotten; if
                 blocks that it made still have to be decoded.
         """
+        self.settle()
+        self._finish()
         seen, before = self.decoded > 0, self.now
         recorder, self.recorder = self.recorder, None  # what is made again is no news
         try:
             for played in self.go_back(to_block):
                 block = self.play(played)
                 if seen:
-                    self.decode(block)
+                    self._see(block)
         finally:  # it may be broken off, and stand anywhere
             self.recorder = recorder
             if recorder is not None and self.now is not before:
@@ -333,7 +340,10 @@ class Session(Maker):
 
     def heed(self, played: Played) -> None:
         """Do and hear what was done and heard before that block."""
-        for change in played.changes[len(self.now.changes) :]:  # some may be done already
+        done = len(self.now.changes)  # already
+        if done and isinstance(self.now.changes[-1], Asked):
+            done -= 1  # other words may have come in their place since
+        for change in played.changes[done:]:
             self._change(change)
         self.now = replace(self.now, held=played.held)
 

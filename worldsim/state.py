@@ -234,7 +234,7 @@ class Snapshot:
         pages = [entry.page for rows in tables.values() for table in rows for entry in table]
         for page in pages:
             pool.retain(page)
-        weakref.finalize(self, pool.later, partial(_release, pool, pages)).atexit = False
+        weakref.finalize(self, pool.later, partial(_release, pages)).atexit = False
 
     @property
     def block(self) -> int:
@@ -242,6 +242,6 @@ class Snapshot:
         return self.moment.block
 
 
-def _release(pool: PagePool, pages: Sequence[int]) -> None:
+def _release(pages: Sequence[int], pool: PagePool) -> None:
     for page in pages:
         pool.release(page)
