@@ -56,6 +56,9 @@ def simulate(
     spread: Annotated[
         float, typer.Option(help="How much passes vary, e.g. 0.05: a standard deviation's share.")
     ] = 0.0,
+    cold_ms: Annotated[
+        float, typer.Option(help="How much longer the first pass of a rank takes.")
+    ] = 0.0,
 ) -> None:
     """Foretell speed, first frame, delay of a control and memory of each rank."""
     with loading():
@@ -64,7 +67,7 @@ def simulate(
     run(
         SimulateOptions(
             name, world, stage_ms, commit_ms, decode_ms, steps, ranks, link_gbps, latency_us,
-            message_us, batch, cache, spread,
+            message_us, batch, cache, spread, cold_ms,
         )
     )  # fmt: skip
 

@@ -115,7 +115,9 @@ def measure(options: RanksBenchOptions) -> dict[str, Any]:
     if sleep is not None:
         figures["ideal_share"] = grid.period * sleep / many.block
     if parts[-1].steps and settings.schedule.order != "layers":
-        said = simulate(grid, _costs(many, settings, len(parts[-1].steps)))
+        costs = _costs(many, settings, len(parts[-1].steps))
+        late = many.first - simulate(grid, replace(costs, spread=0.0)).first
+        said = simulate(grid, replace(costs, cold=max(0.0, late / options.ranks)))
         figures["simulated"] = {"block_ms": 1e3 / said.fps, "flight_ms": 1e3 * said.delay}
     return figures
 

@@ -40,6 +40,7 @@ class SimulateOptions:
     batch: float
     cache: str | None = None
     spread: float = 0.0
+    cold_ms: float = 0.0
 
 
 def run(options: SimulateOptions) -> None:
@@ -51,7 +52,8 @@ def run(options: SimulateOptions) -> None:
     for name in ("stage_ms", "link_gbps"):
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0")
-    for name in ("commit_ms", "decode_ms", "latency_us", "message_us", "batch", "spread"):
+    at_least_0 = "commit_ms", "decode_ms", "latency_us", "message_us", "batch", "spread", "cold_ms"
+    for name in at_least_0:
         if not (getattr(options, name) or 0) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
     world = outline(options.world)
@@ -114,6 +116,7 @@ def costs_of(options: SimulateOptions, world: World, latents: tuple[int, ...]) -
         hidden=latents[2] * rows * columns * width * world.dtype.itemsize,
         pictures=GROUP * latents[2],
         spread=options.spread,
+        cold=options.cold_ms / 1e3,
     )
 
 

@@ -38,6 +38,16 @@ def test_messages_and_links_are_on_the_way_of_every_block() -> None:
     assert 4 / said.fps == pytest.approx(period)
 
 
+def test_a_cold_start_is_over_unless_a_context_pass_hides_it() -> None:
+    cold, hiar = STAGE / 5, replace(SERIAL, context="output", order="steps")
+    for schedule, lag in ((TPP, 0.0), (hiar, 3 * cold)):
+        passes = {"commit": STAGE} if schedule is hiar else {}
+        said = told(schedule, 4, cold=cold, **passes)
+        assert said.first == pytest.approx(4 * (STAGE + cold))
+        assert said.delay == pytest.approx(4 * STAGE + lag)
+        assert said.fps == pytest.approx(told(schedule, 4, **passes).fps)
+
+
 def test_a_slow_decoder_sets_the_pace() -> None:
     said = told(TPP, 5, decode=2 * STAGE)
     assert 4 / said.fps == pytest.approx(2 * STAGE)

@@ -27,6 +27,8 @@ class Costs:
         rate: of a link, bytes a second.
         latent, hidden: bytes of a message between steps, and between ranges of layers.
         pictures: of a block.
+        cold: how much longer the first pass of a rank takes. Where ranks have passes that nobody
+            waits for (a context pass), what it holds up stays behind for good.
         spread: how much passes vary, as a share of what they take (standard deviation). Ranks of
             equal speed wait for each other now and then, and blocks between them.
     """
@@ -42,6 +44,7 @@ class Costs:
     latent: int = 0
     hidden: int = 0
     pictures: int = 1
+    cold: float = 0.0
     spread: float = 0.0
 
 
@@ -99,6 +102,7 @@ class _Ranks:
         )
         # No less than half: nothing is suddenly quick.
         took *= max(0.5, 1.0 + self.costs.spread * self.chance.standard_normal())
+        took += 0.0 if self.worked[rank] else self.costs.cold
         for cell in work:
             self.begun[cell.name], self.over[cell.name] = ready, ready + took
         self.worked[rank] += took
