@@ -17,7 +17,7 @@ from rich.progress import track
 from worldsim.apps.cache_times import cache_times
 from worldsim.apps.compiling import compile_world
 from worldsim.apps.dtype_times import DTYPES, dtype_times
-from worldsim.apps.opening import MADE, open_world, shown_scale
+from worldsim.apps.opening import MADE, shown_scale
 from worldsim.apps.part_times import PartTimes, time_parts
 from worldsim.apps.report import machine, print_table, write_json
 from worldsim.apps.resident import peak_mib
@@ -54,9 +54,7 @@ def run(options: BenchOptions) -> None:
     if options.json is not None:
         check_writable(options.json)
     setting = options.setting
-    world = open_world(
-        setting.world, setting.dtype, options.device, options.threads, setting.preset
-    )
+    world = setting.open(options.device, options.threads)
     figures = measure(world, options)
     print_table(
         "ms per block; roofline: its products and attention alone",

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from worldsim.apps.compare_tables import print_figures
 from worldsim.apps.length import length
 from worldsim.apps.likeness import Likeness
-from worldsim.apps.opening import open_world, shown_scale
+from worldsim.apps.opening import shown_scale
 from worldsim.apps.report import machine, write_json
 from worldsim.apps.setting import Setting
 from worldsim.apps.side import Side
@@ -134,8 +134,7 @@ def _open(settings: Sequence[Setting], options: CompareOptions) -> list[World]:
     for setting in settings:
         key = (setting.world, setting.dtype, setting.preset)
         if key not in opened:
-            name, dtype, preset = key
-            opened[key] = open_world(name, dtype, options.device, threads, preset)
+            opened[key] = setting.open(options.device, threads)
             threads = torch.get_num_threads()  # the second one computes with as many
     a, b = (opened[each.world, each.dtype, each.preset] for each in settings)
     for what, ours, theirs in (

@@ -3,12 +3,12 @@
 import statistics
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from worldsim.apps.opening import open_world
 from worldsim.apps.setting import Setting
 from worldsim.session import Session
 
@@ -21,7 +21,7 @@ def dtype_times(setting: Setting, warm_up: int, blocks: int) -> dict[str, float]
     threads = torch.get_num_threads()
     ms: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     with ExitStack() as stack:
-        worlds = {dtype: open_world(setting.world, dtype, "cpu", threads) for dtype in DTYPES}
+        worlds = {kind: replace(setting, dtype=kind).open("cpu", threads) for kind in DTYPES}
         opened = {d: stack.enter_context(setting.session(world)) for d, world in worlds.items()}
         for i in track(range(warm_up + blocks), "dtypes", console=Console(stderr=True)):
             for dtype, session in opened.items():

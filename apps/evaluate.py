@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from worldsim.apps.opening import open_world
 from worldsim.apps.report import machine, write_json
 from worldsim.apps.score_table import Column, Row, columns, markdown, mean, print_one, print_rows
 from worldsim.apps.setting import Setting
@@ -91,7 +90,7 @@ def _check(options: EvaluateOptions) -> tuple[int, int]:
     """Open every setting once, so that a bad one is told before any work."""
     sizes = set()
     for setting in options.settings:
-        world = open_world(setting.world, setting.dtype, options.device, 1)
+        world = setting.open(options.device, 1)
         if world.config.actions is None or world.config.fps != 16 or world.config.block_frames != 1:
             raise ValueError(
                 f"only a maze (blocks of one latent frame, 16 fps) has a simulator to score "
@@ -112,7 +111,7 @@ def evaluate(
         for setting in options.settings:
             task = progress.add_task(str(setting), total=given.total)
             note: Callable[[], None] = partial(progress.advance, task)
-            world = open_world(setting.world, setting.dtype, options.device, 1)
+            world = setting.open(options.device, 1)
             alone = {**_speed(world, setting), **_ceiling(world, given)}
             scores = score(partial(_open, setting, options.device), given, processes, note)
             if options.sheet is not None:
@@ -121,7 +120,7 @@ def evaluate(
 
 
 def _open(setting: Setting, device: str) -> Subject:
-    return _subject(open_world(setting.world, setting.dtype, device, 1), setting)
+    return _subject(setting.open(device, 1), setting)
 
 
 def _subject(world: World, setting: Setting) -> Played:

@@ -26,8 +26,8 @@ from worldsim.apps.doctor import readable
 from worldsim.apps.doctor import room as free_bytes
 from worldsim.apps.files import give_files, take_files
 from worldsim.apps.guard import Guard, check_origin, is_loopback
-from worldsim.apps.opening import open_world
 from worldsim.apps.page import head, page, theme
+from worldsim.apps.report import counted
 from worldsim.apps.room import Room, capacity
 from worldsim.apps.setting import Setting
 from worldsim.apps.uploads import UPLOADS
@@ -74,10 +74,10 @@ def run(options: PlayOptions) -> None:
         port = sock.getsockname()[1]
         world = playable(options)
         with opened(world, options) as room:
-            app, many = build(room, options, token), "" if room.capacity == 1 else "s"
+            app = build(room, options, token)
             console.print(
                 f"worldsim: {world.config.name}, {world.config.width}×{world.config.height} at "
-                f"{world.config.fps:g} fps · up to {room.capacity} player{many}, "
+                f"{world.config.fps:g} fps · up to {counted(room.capacity, 'player')}, "
                 f"{readable(world.memory_report(options.setting.cache).session)} each"
             )
             console.print(f"worldsim: open {address(options, port, token)}")
@@ -131,9 +131,7 @@ def playable(options: PlayOptions) -> World:
         ValueError: for a world or a setting that cannot be played.
     """
     setting = options.setting
-    world = open_world(
-        setting.world, setting.dtype, options.device, options.threads, setting.preset
-    )
+    world = setting.open(options.device, options.threads)
     if world.autoencoder is None:
         raise ValueError(
             f"{setting.world} has no decoder, so there is nothing to see: convert it with --base"

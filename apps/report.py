@@ -37,6 +37,11 @@ def print_table(
     (console or Console(highlight=False)).print(table)
 
 
+def counted(number: float, what: str) -> str:
+    """``1 block``, ``2.5 blocks``."""
+    return f"{number:.3g} {what}" + ("" if number == 1 else "s")
+
+
 def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
     """Write figures, whole or not at all; None writes nothing."""
     if path is None:

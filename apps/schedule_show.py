@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from worldsim.apps.report import counted
 from worldsim.lines import NAMES, is_name, named, read
 from worldsim.schedule import CLEAN, Schedule
 from worldsim.streaming.sinks import check_writable
@@ -140,19 +141,15 @@ def label(name: Name) -> str:
     return f"{name.block}·{name.level}"
 
 
-def _counted(number: float, what: str) -> str:
-    return f"{number:.3g} {what}" + ("" if number == 1 else "s")
-
-
 def figures(grid: Grid) -> list[str]:
     """What a grid comes to, in lines."""
     idle = [grid.bubbles(rank) for rank in range(grid.ranks)]
     share = sum(idle) / (grid.ranks * grid.ticks)
     return [
         f"{grid.blocks} blocks in {grid.ticks} ticks · first block after {grid.done(0) + 1}, "
-        f"then one every {_counted(grid.period, 'tick')}",
+        f"then one every {counted(grid.period, 'tick')}",
         f"longest chain {len(grid.critical)} cells · bubbles {share:.0%} "
         f"({', '.join(map(str, idle))} ticks by rank)",
-        f"control to photon: {_counted(grid.delay, 'block')} from the step that takes it up to "
+        f"control to photon: {counted(grid.delay, 'block')} from the step that takes it up to "
         "its own finished block",
     ]

@@ -6,7 +6,7 @@ from math import prod
 from torch import nn
 
 from worldsim.apps.opening import MADE
-from worldsim.apps.report import print_table
+from worldsim.apps.report import counted, print_table
 from worldsim.apps.schedule_show import ranks_of
 from worldsim.blueprint import world_of_folder
 from worldsim.bundle import auto_dtype, check_device, locate
@@ -66,7 +66,7 @@ def run(options: SimulateOptions) -> None:
     latents = world.latents_of(settings.size, world.config.block_frames)
     told = simulate(grid, costs_of(options, world, latents))
     print_table(
-        f"{options.name} over {ranks} rank{'' if ranks == 1 else 's'}: {options.world}, "
+        f"{options.name} over {counted(ranks, 'rank')}: {options.world}, "
         f"{len(schedule.steps)} steps of {options.stage_ms:g} ms, "
         f"links of {options.link_gbps:g} Gbit/s",
         ("figure", "value"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
+from worldsim.apps.opening import open_world
 from worldsim.session import Session
 from worldsim.world import World
 
@@ -67,6 +68,10 @@ class Setting:
             if getattr(self, field.name) != getattr(default, field.name)
         ]
         return " ".join(given) or DEFAULT
+
+    def open(self, device: str, threads: int | None) -> World:
+        """Load its world, see `open_world`."""
+        return open_world(self.world, self.dtype, device, threads, self.preset)
 
     def session(
         self, world: World, prompt: str | None = None, seed: int = 0, **others: Any

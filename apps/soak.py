@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from worldsim.apps.opening import open_world
 from worldsim.apps.report import machine, print_table, write_json
 from worldsim.apps.resident import resident_mib
 from worldsim.apps.setting import Setting
@@ -42,7 +41,7 @@ def run(options: SoakOptions) -> None:
     if options.json is not None:
         check_writable(options.json)
     setting = options.setting
-    world = open_world(setting.world, setting.dtype, options.device, 1)
+    world = setting.open(options.device, 1)
     figures = soak(world, setting, options.blocks)
     print_table(
         f"{options.blocks} blocks, cache {figures['cache']}",

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from worldsim.apps import stream_ranks
 from worldsim.apps.length import latents_asked, length
-from worldsim.apps.opening import open_world, shown_scale
+from worldsim.apps.opening import shown_scale
 from worldsim.apps.setting import Setting
 from worldsim.state import Block
 from worldsim.streaming.faults import RankFailed
@@ -158,9 +158,7 @@ def _opened(options: StreamOptions, ranks: int) -> World:
     """The world; where ranks have its weights, without them."""
     setting = options.setting
     if ranks == 1:
-        world = open_world(
-            setting.world, setting.dtype, options.device, options.threads, setting.preset
-        )
+        world = setting.open(options.device, options.threads)
     else:
         world = stream_ranks.outline(options)
     if world.autoencoder is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from worldsim.apps.opening import DTYPES, MADE, open_share, open_world
+from worldsim.apps.opening import DTYPES, MADE, open_share
 from worldsim.blueprint import world_of_folder
 from worldsim.bundle import auto_dtype, check_device, locate
 from worldsim.config import Settings
@@ -102,8 +102,7 @@ def fingerprint(options: "StreamOptions", dtype: torch.dtype) -> str:
     """Of the whole world, for its recording: it is read once into the computer's memory, and
     dropped."""
     kind = str(dtype).removeprefix("torch.")
-    setting = options.setting
-    return open_world(setting.world, kind, "cpu", options.threads, setting.preset).fingerprint
+    return replace(options.setting, dtype=kind).open("cpu", options.threads).fingerprint
 
 
 def saves_of(out: str) -> Path:

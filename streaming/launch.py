@@ -72,6 +72,7 @@ class Ranks:
         self._newest = -1  # block that came
         self._lock = Lock()  # states are asked for on one thread and written for on another
         self._ended = False
+        self._telling = Lock()  # held while a full pipe waits: not with what comes
         self._snapshots: dict[str, tuple[Future[Path], set[int]]] = {}
         start = context()
         self._results: list[Connection] = []
@@ -202,7 +203,7 @@ class Ranks:
         self._order("rewind", to_block=to_block)
 
     def _order(self, name: str, **arguments: Any) -> None:
-        with self._lock, contextlib.suppress(OSError):  # gone: `blocks` tells why
+        with self._telling, contextlib.suppress(OSError):  # gone: `blocks` tells why
             self._orders.send((name, arguments))
 
     def _kept(self, rank: int, folder: str) -> None:

@@ -139,8 +139,7 @@ class Seat:
         self._urgent = False
         self._latest: ControlState | None = None
         # Made, and not yet shown for good.
-        # The snapshot before the block that waits, or before the next.
-        self._before: Snapshot | None = None
+        self._before: Snapshot | None = None  # before the block that waits, or the next
         self._ready: Ready | None = None
         self._shown: deque[Ready] = deque()
         self._sent: deque[Ready] = deque(maxlen=UNANSWERED)  # no picture of it was acknowledged

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import MakeWorld
 
-from worldsim.apps import compare
+from worldsim.apps import compare, setting
 from worldsim.apps.compare import CompareOptions, run
 from worldsim.apps.compare_tables import shown
 from worldsim.apps.drift import Drift
@@ -118,8 +118,8 @@ def test_one_world_is_loaded_once(tmp_path: Path, tiny: str, monkeypatch) -> Non
         opened.append(arguments)
         return open_world(*arguments)
 
-    open_world = compare.open_world
-    monkeypatch.setattr(compare, "open_world", noting)
+    open_world = setting.open_world
+    monkeypatch.setattr(setting, "open_world", noting)
     compared(tmp_path, tiny, f"{tiny} steps=1", seconds=0.2)
     assert len(opened) == 1
     compared(tmp_path, tiny, tiny.replace("float32", "bfloat16"), seconds=0.2)

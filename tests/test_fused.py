@@ -42,16 +42,6 @@ FUSING = (
 APART = tuple(line for line in LINES if "int" in line or "topk" in line or "participative" in line)
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return random_world()
-
-
-@pytest.fixture(scope="module")
-def wide() -> World:
-    return random_world(block_frames=3)
-
-
 @contextmanager
 def counted(world: World) -> Iterator[Counter[str]]:
     """How often each pass of a world runs."""

@@ -18,14 +18,7 @@ from worldsim.replay import Replay, read_run
 from worldsim.share import shares
 from worldsim.state import Block
 from worldsim.streaming import words
-from worldsim.streaming.kept import (
-    DECODER,
-    file_of,
-    forget,
-    forget_decoder,
-    gathered,
-    states,
-)
+from worldsim.streaming.kept import DECODER, file_of, forget, forget_decoder, gathered, states
 from worldsim.streaming.launch import Ranks
 from worldsim.streaming.leader import Run
 from worldsim.wavefront import spread
@@ -140,16 +133,9 @@ def test_a_run_goes_on_from_its_saved_state(
     for again_over in (1, 2, 3):
         resume, mark = str(serial_state), world.fingerprint
         with opened(
-            folder,
-            world,
-            name,
-            3,
-            again_over,
-            resume=resume,
-            fingerprint=mark,
-            saves=str(tmp_path / f"over-{again_over}"),
-            every=1,
-        ) as spread_out:
+            folder, world, name, 3, again_over, resume=resume, fingerprint=mark,
+            saves=str(tmp_path / f"over-{again_over}"), every=1,
+        ) as spread_out:  # fmt: skip
             for mine, theirs in zip(spread_out.blocks(), expected[4:], strict=True):
                 assert torch.equal(mine.latents, theirs.latents), (again_over, mine.index)
                 assert (mine.frames == theirs.frames).all()
